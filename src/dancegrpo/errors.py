@@ -1,0 +1,25 @@
+"""The errors a user can cause. Each message is one line: the value, the rule, the remedy."""
+
+
+class DanceError(Exception):
+    """Base of every error that is the user's to mend; the command line prints it as one line and exits with 2."""
+
+
+class ConfigError(DanceError):
+    """A recipe, an override or a combination of settings that cannot run."""
+
+
+class PromptError(DanceError):
+    """A prompt file that is missing, empty or malformed (the message names the line)."""
+
+
+class ModelError(DanceError):
+    """A model folder that is missing, half-written, or of a class that no policy covers."""
+
+
+class RewardError(DanceError):
+    """A judge that cannot be loaded, or that failed on too many samples for the run to go on."""
+
+
+class CheckpointError(DanceError):
+    """A run folder or checkpoint that cannot be written, read or resumed."""
