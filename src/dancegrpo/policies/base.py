@@ -1,0 +1,109 @@
+"""The generator's side of the contract: prompts to conditions, a prediction per step, latents to media."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dancegrpo.policies.export import ModelCard
+from dancegrpo.prompts import Prompt
+from dancegrpo.sde import Dynamics
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the denoiser is told: batch-first tensors of equal length, by the denoiser's own names for them."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: Tensor | slice | list[int]) -> Condition:
+        """Rows by slice, list or (N,) int64 tensor: repeats a prompt's condition over its group without copies kept."""
+        return Condition({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> Condition:
+        """The same rows on `device`."""
+        return Condition({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Condition]) -> Condition:
+        """The rows of all parts, in order; at least one part, all of the same names."""
+        names = parts[0].tensors
+        return Condition({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
+
+
+class Policy(ABC):
+    """A generator under training, around its diffusers pipeline.
+
+    B samples, S = `latent_shape`, T steps. Latents and predictions are float32; the networks compute in the run's
+    dtype. `predict` includes guidance, so rollout and update can never disagree on it.
+    """
+
+    pipeline: Any
+    """The diffusers pipeline; its frozen parts are used as they are."""
+    module: torch.nn.Module
+    """The denoiser that is trained."""
+    dynamics: Dynamics
+    """Schedule and stochastic transitions at the run's resolution and number of steps."""
+    latent_shape: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def guided(self) -> bool:
+        """Whether `predict` combines two branches by classifier-free guidance."""
+        return False
+
+    @property
+    @abstractmethod
+    def condition_id(self) -> str:
+        """Names everything but the prompt that `encode` depends on: text encoders, tokenizers, dtype, settings."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        """P prompts -> a condition of length P. No gradient. A row depends on its own prompt alone, to the last bit."""
+
+    @abstractmethod
+    def predict(self, x_t: Tensor, step: Tensor, condition: Condition) -> Tensor:
+        """x_t (B, *S) float32, step (B,) int64 in [0, T), B conditions -> velocity or noise, (B, *S) float32."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (B, *S) -> media (B, F, 3, H, W) float32 in [0, 1]. No gradient unless grad mode is on."""
+
+    @abstractmethod
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters the optimizer steps, by name, in a fixed order."""
+
+    @abstractmethod
+    def use_weights(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Within it, the trained weights are `weights` (an average, say); after it, the very tensors from before.
+
+        weights: one tensor per name of `trainable()`, of its shape. Raises ValueError otherwise.
+        """
+
+    @abstractmethod
+    def keep_reference(self) -> None:
+        """Remember the weights as they are now for `reference`: call it before training and before any resume.
+
+        Costs a copy of the denoiser under full fine-tuning, nothing with LoRA.
+        """
+
+    @abstractmethod
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it, `predict` is the policy as it was before training (LoRA off, or the frozen copy)."""
+
+    @abstractmethod
+    def export(self, folder: Path, card: ModelCard) -> None:
+        """Write the current weights and a model card so that diffusers alone loads them: a pipeline, or LoRA weights.
+
+        The folder appears whole or not at all. Raises CheckpointError if it is not empty or cannot be written.
+        """
