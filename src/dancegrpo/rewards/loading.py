@@ -1,0 +1,110 @@
+"""From a recipe's words to a judge."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dancegrpo.config import RewardConfig
+from dancegrpo.errors import DanceError, RewardError
+from dancegrpo.rewards.base import FunctionReward, Reward, describe
+from dancegrpo.rewards.panel import Judges
+
+SHIPPED = {
+    "hps": "dancegrpo.rewards.hps:HPSReward",
+    "shapes": "dancegrpo.shapes.reward:ShapesReward",
+}
+"""The judges that come with the package: name -> where the class lives."""
+
+
+def load_judges(configs: Mapping[str, RewardConfig]) -> Judges:
+    """The panel of a run, by the names the recipe gives its judges. Raises RewardError as `load_reward` does."""
+    rewards = {name: load_reward(name, config) for name, config in configs.items()}
+    return Judges(rewards, {name: config.weight for name, config in configs.items()})
+
+
+def load_reward(name: str, config: RewardConfig) -> Reward:
+    """The judge that `config` describes; `name` is what the run calls it.
+
+    `config.judge` is a shipped name or `package.module:attribute`, looked up in the current folder too. The attribute
+    is a class (built with the options), an object that is a `Reward` already, or a function in the convention of
+    `FunctionReward`: its options become keyword arguments, but for `batch_size`, which bounds the images per call.
+    Raises RewardError for an unknown judge, a failing import, a missing or unknown option.
+    """
+    options = dict(config.options)
+    target = _resolve(config.judge)
+    if inspect.isclass(target):
+        _check_options(config.judge, target, (), options)
+        target, options = _build(config.judge, target, options), {}
+    if isinstance(target, Reward):
+        if options:
+            raise RewardError(
+                f"judge {config.judge!r} is an object already built: remove its options {_list(options)}."
+            )
+        return target
+    if not callable(target):
+        raise RewardError(f"judge {config.judge!r} is a {type(target).__name__}: name a function, a class or a Reward.")
+    batch_size = options.pop("batch_size", None)
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise RewardError(f"judge {config.judge!r} has batch_size={batch_size!r}: use a whole number of 1 or more.")
+    _check_options(config.judge, target, ([], []), options)
+    return FunctionReward(partial(target, **options) if options else target, name, batch_size)
+
+
+def _resolve(judge: str) -> Any:
+    if ":" not in judge and judge not in SHIPPED:
+        hint = _nearest(judge, SHIPPED)
+        raise RewardError(f"judge {judge!r} is unknown{hint}: use {_list(SHIPPED)}, or package.module:function.")
+    module_name, _, attribute = SHIPPED.get(judge, judge).partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        # Last, so that a user's file next to the recipe is found but can never hide an installed module.
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise RewardError(f"judge {judge!r} cannot be imported: {describe(error)}.") from error
+    target = module
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            hint = _nearest(part, vars(target)) if hasattr(target, "__dict__") else ""
+            raise RewardError(f"judge {judge!r}: {module_name} has no {part!r}{hint}; write package.module:function.")
+        target = getattr(target, part)
+    return target
+
+
+def _build(judge: str, cls: type, options: Mapping[str, Any]) -> Any:
+    try:
+        return cls(**options)
+    except DanceError:
+        raise
+    except Exception as error:
+        raise RewardError(f"judge {judge!r} could not be built: {describe(error)}; check its options.") from error
+
+
+def _check_options(judge: str, target: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Refuse options that do not fit before anything heavy is loaded."""
+    try:
+        signature = inspect.signature(target)
+    except ValueError:  # some callables written in C have none
+        return
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        known = _list(list(signature.parameters)[len(args) :]) or "none"
+        raise RewardError(f"judge {judge!r}: {error}; its options are: {known}.") from error
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _list(words: Iterable[str]) -> str:
+    return ", ".join(words)

@@ -1,0 +1,124 @@
+"""The judges of a run, asked together: batched, guarded, and held to a share of valid scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dancegrpo.errors import RewardError
+from dancegrpo.prompts import Prompt
+from dancegrpo.rewards.base import NOT_FINITE, Reward, Scores, as_media, describe
+
+MIN_VALID_FRACTION = 0.5
+"""Share of an iteration's samples that each trained judge must score, or the run stops."""
+BAD_MEDIA = "the picture has values outside [0, 1] or not finite"
+"""Cause under which samples with broken pixels are counted."""
+
+_log = logging.getLogger(__name__)
+
+
+class Judges:
+    """The panel: every judge of a run by the name the user gave it, and the weight of its advantage.
+
+    weights: by the same names; 0 = measured, never trained on. None = 1 for all.
+    Raises RewardError for weights of other judges, or a judge whose batch size is less than 1.
+    """
+
+    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float] | None = None) -> None:
+        self.rewards = dict(rewards)
+        self.weights = dict.fromkeys(rewards, 1.0) if weights is None else dict(weights)
+        if self.rewards.keys() != self.weights.keys():
+            odd = ", ".join(sorted(self.rewards.keys() ^ self.weights.keys()))
+            raise RewardError(f"judges and weights differ in {odd}: give each judge one weight.")
+        for name, reward in self.rewards.items():
+            if reward.batch_size is not None and reward.batch_size < 1:
+                raise RewardError(f"judge {name!r} has batch_size={reward.batch_size}: use 1 or more, or none.")
+        self._warned: set[str] = set()
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The judges that are trained on."""
+        return tuple(name for name, weight in self.weights.items() if weight)
+
+    def to(self, device: Any) -> Judges:
+        """Move every judge; returns this panel."""
+        self.rewards = {name: reward.to(device) for name, reward in self.rewards.items()}
+        return self
+
+    def score(self, media: Tensor, prompts: Sequence[Prompt]) -> dict[str, Scores]:
+        """Every judge's scores for B samples, on the media's device, in the order given.
+
+        media: (B, F, 3, H, W) float in [0, 1], or uint8. prompts: one per sample. Each judge sees batches of its own
+        size; a batch it fails on is masked and counted, and the first failure of each judge is logged. A sample with a
+        pixel that is not finite or outside [0, 1] is masked for all of them.
+        Raises RewardError for media of another shape or type, ValueError where media and prompts differ in number.
+        """
+        if len(media) != len(prompts):
+            raise ValueError(f"{len(media)} samples came with {len(prompts)} prompts: give one prompt per sample.")
+        media = as_media(media)
+        # A comparison with NaN is False, so this finds broken numbers too.
+        broken = ~((media >= 0) & (media <= 1)).flatten(1).all(1)
+        if broken.any():
+            # Blank rather than removed: the batch keeps its shape, and no judge meets a NaN.
+            media = torch.where(broken.view(-1, 1, 1, 1, 1), 0.0, media)
+        scores = {name: _ask(reward, media, prompts).mask(broken, BAD_MEDIA) for name, reward in self.rewards.items()}
+        self._warn(scores)
+        return scores
+
+    def require_valid(self, scores: Mapping[str, Scores]) -> None:
+        """Refuse to train on an iteration that too few samples of came through.
+
+        scores: of all samples of the iteration. Raises RewardError naming the judge, its count and its main cause where
+        a trained judge has fewer than `MIN_VALID_FRACTION` valid scores.
+        """
+        for name in self.trained:
+            total, valid = len(scores[name]), int(scores[name].valid.sum())
+            if valid < MIN_VALID_FRACTION * total:
+                raise RewardError(
+                    f"judge {name!r} scored {valid} of {total} samples, and training needs {MIN_VALID_FRACTION:.0%}: "
+                    f"mend the judge or its input ({_main_cause(scores[name])})."
+                )
+
+    def _warn(self, scores: Mapping[str, Scores]) -> None:
+        for name, verdict in scores.items():
+            if verdict.causes and name not in self._warned:
+                self._warned.add(name)
+                masked, cause = int((~verdict.valid).sum()), _main_cause(verdict)
+                _log.warning("judge %r: %d of %d samples have no score: %s", name, masked, len(verdict), cause)
+
+
+def _ask(reward: Reward, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    size = reward.batch_size or len(media)
+    starts = range(0, len(media), size) if size else ()
+    parts = [_guarded(reward, media[i : i + size], prompts[i : i + size]) for i in starts]
+    return Scores.cat(parts).to(media.device)
+
+
+def _guarded(reward: Reward, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    """One batch's scores; whatever goes wrong in the judge masks the batch. Interrupts pass through."""
+    try:
+        return _checked(reward(media, prompts), len(media)).to(media.device)
+    except Exception as error:
+        return Scores.failed(len(media), describe(error), media.device)
+
+
+def _checked(scores: Any, size: int) -> Scores:
+    if not isinstance(scores, Scores):
+        raise TypeError(f"the judge returned {type(scores).__name__}: it must return Scores")
+    columns = {"values": scores.values, "valid": scores.valid, **scores.extra}
+    for name, column in columns.items():
+        if column.shape != (size,):
+            raise ValueError(f"the judge returned {name} of shape {tuple(column.shape)} for {size} samples")
+    valid = scores.valid.bool()
+    unexplained = int((~valid).sum()) - sum(scores.causes.values())
+    causes = {**scores.causes, "the judge gave no cause": unexplained} if unexplained > 0 else scores.causes
+    clean = Scores(scores.values.float(), valid, scores.extra, causes)
+    return clean.mask(~clean.values.isfinite(), NOT_FINITE)
+
+
+def _main_cause(scores: Scores) -> str:
+    return max(scores.causes, key=lambda cause: scores.causes[cause], default="no cause given")
