@@ -1,0 +1,94 @@
+"""Group Relative Policy Optimization on a stochastic sampler (DanceGRPO, arXiv:2505.07818)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dancegrpo.advantages import best_of_n, combine, group_advantage
+from dancegrpo.algorithms.base import Advantage, Pairs
+from dancegrpo.config import RunConfig
+from dancegrpo.objectives import clipped_surrogate
+from dancegrpo.policies.base import Condition, Policy
+from dancegrpo.rewards.base import Scores
+from dancegrpo.sampling import Trajectory, rollout
+from dancegrpo.sde import Gaussian
+
+
+class GRPO:
+    """The paper's algorithm: group-relative advantages, the clipped surrogate, optionally a KL to the start."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.needs_reference = config.algorithm.kl_weight > 0
+
+    def collect(self, policy: Policy, condition: Condition, iteration: int) -> Trajectory:
+        """Samples group_size outputs per prompt."""
+        config = self.config
+        reduction = config.algorithm.log_prob_reduction
+        return rollout(policy, condition, config.rollout, seed=config.seed, iteration=iteration, reduction=reduction)
+
+    def advantage(self, scores: Mapping[str, Scores], group: Tensor) -> Advantage:
+        """Normalises each judge within its group, sums by weight, clamps once, then picks best-of-N.
+
+        A sample that any trained judge failed on has weight 0: part of its reward is unknown.
+        """
+        config, weights = self.config.advantage, {n: r.weight for n, r in self.config.rewards.items() if r.weight}
+        valid = torch.stack([scores[name].valid for name in weights]).all(dim=0)
+        per_judge, weight = {}, valid.float()
+        for name in weights:
+            per_judge[name], weight, _ = group_advantage(
+                scores[name].values,
+                valid,
+                group,
+                estimator=config.estimator,
+                eps=config.eps,
+                min_spread=config.min_spread,
+            )
+        value = combine(per_judge, weights, config.clamp)
+        if config.keep is not None:
+            weight = best_of_n(value, weight, group, config.keep)
+        signal = torch.zeros(int(group.max()) + 1).index_add_(0, group, ((value != 0) & (weight > 0)).float())
+        return Advantage(value, weight, per_judge, silent=signal == 0)
+
+    def log_prob(self, policy: Policy, pairs: Pairs) -> Tensor:
+        """Log-probability of the transitions taken, under the current policy."""
+        gaussian = _transition(policy, pairs)
+        return gaussian.log_prob(pairs.x_next, reduction=self.config.algorithm.log_prob_reduction)
+
+    def loss(self, policy: Policy, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        """max(-A ratio, -A clip(ratio)) per pair, plus kl_weight * KL(policy || start)."""
+        config = self.config.algorithm
+        gaussian = _transition(policy, pairs)
+        log_prob = gaussian.log_prob(pairs.x_next, reduction=config.log_prob_reduction)
+        # On-policy the old log-prob is this very number, so the ratio is exactly 1 whatever the batch size rounds to.
+        old = log_prob.detach() if pairs.old_log_prob is None else pairs.old_log_prob
+        loss = clipped_surrogate(log_prob, old, pairs.advantage, config.clip_range)
+        ratio = (log_prob - old).exp().detach()
+        statistics = {
+            "log_prob": log_prob.detach(),
+            "ratio": ratio,
+            "clipped": ((ratio - 1).abs() > config.clip_range).float(),
+        }
+        if config.kl_weight > 0:
+            with torch.no_grad(), policy.reference():
+                reference = _transition(policy, pairs)
+            kl = gaussian.kl(reference)
+            loss = loss + config.kl_weight * kl
+            statistics["kl"] = kl.detach()
+        return loss, statistics
+
+    def state_dict(self) -> dict[str, Any]:
+        """GRPO keeps nothing between iterations."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+def _transition(policy: Policy, pairs: Pairs) -> Gaussian:
+    prediction = policy.predict(pairs.x_t, pairs.step, pairs.condition)
+    return policy.dynamics.transition(pairs.x_t, prediction, pairs.step, pairs.noise_level)

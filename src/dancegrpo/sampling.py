@@ -1,0 +1,179 @@
+"""Sampling groups: shared starting noise, the step plan, and the `Trajectory` that training needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dancegrpo.config import RolloutConfig
+from dancegrpo.errors import ConfigError
+from dancegrpo.noise import generator, normal
+from dancegrpo.policies.base import Condition, Dynamics, Policy
+from dancegrpo.sde import Gaussian, Reduction
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Decided before the rollout: which K transitions of each sample are trained, and how noisy each of the T is.
+
+    trained: (B, K) int64, ascending. noise_level: (B, T) float32, 0 = the deterministic step.
+    """
+
+    trained: Tensor
+    noise_level: Tensor
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What training keeps of a rollout. B samples, K trained transitions each, latent shape S.
+
+    x_t, x_next: (B, K, *S) latents before and after the trained transitions. step: (B, K) int64.
+    noise_level, log_prob: (B, K) float32. x0: (B, *S) final latents. group: (B,) int64 into `condition`.
+    condition: one row per prompt, not repeated per sample.
+    """
+
+    x_t: Tensor
+    x_next: Tensor
+    step: Tensor
+    noise_level: Tensor
+    log_prob: Tensor
+    x0: Tensor
+    group: Tensor
+    condition: Condition
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+
+def trained_steps(config: RolloutConfig, dynamics: Dynamics) -> list[int] | int:
+    """The transitions that `config.timesteps` names: a list where samples share it, a count where each draws its own.
+
+    The last transition is never among them (its noise does not reach a flow's reward; arXiv:2505.07818, section 4).
+    Raises ConfigError where a step that every sample shares has no noise.
+    """
+    candidates, chosen = dynamics.trainable_steps, config.timesteps
+    if chosen.select == "list":
+        steps = sorted(set(chosen.steps))
+    else:
+        count = int(len(candidates) * chosen.fraction)
+        if chosen.select == "random":
+            return count
+        steps = list(candidates[:count] if chosen.select == "first" else candidates[len(candidates) - count :])
+    silent = [step for step in steps if config.noise_levels()[step] == 0]
+    if silent:
+        raise ConfigError(
+            f"rollout.noise_level is 0 at trained steps {silent}: a deterministic step has no probability, "
+            "give it noise or leave it out of rollout.timesteps"
+        )
+    return steps
+
+
+def step_plan(config: RolloutConfig, dynamics: Dynamics, num_prompts: int, seed: int, iteration: int) -> StepPlan:
+    """The plan for num_prompts x group_size samples; a sample's subset is keyed by (seed, iteration, group, sample)."""
+    batch, levels = num_prompts * config.group_size, torch.tensor(config.noise_levels())
+    chosen = trained_steps(config, dynamics)
+    if isinstance(chosen, int):
+        noisy = torch.tensor([step for step in dynamics.trainable_steps if levels[step] > 0], dtype=torch.int64)
+        if len(noisy) < chosen:
+            raise ConfigError(
+                f"rollout.noise_level leaves {len(noisy)} stochastic steps, rollout.timesteps.fraction="
+                f"{config.timesteps.fraction} asks for {chosen}: raise one or lower the other"
+            )
+        rows = [
+            noisy[torch.randperm(len(noisy), generator=generator(seed, "steps", iteration, g, s))[:chosen]]
+            .sort()
+            .values
+            for g in range(num_prompts)
+            for s in range(config.group_size)
+        ]
+        trained = torch.stack(rows)
+    else:
+        trained = torch.tensor(chosen, dtype=torch.int64).expand(batch, -1).contiguous()
+    noise_level = levels.expand(batch, -1).clone()
+    if config.timesteps.stochastic == "trained":
+        noise_level = torch.zeros_like(noise_level).scatter_(1, trained, noise_level.gather(1, trained))
+    if not dynamics.last_step_trainable:
+        # A flow's last transition is its x0 prediction: noise there would be in the picture, yet never be trained.
+        noise_level[:, -1] = 0.0
+    return StepPlan(trained, noise_level)
+
+
+def starting_noise(
+    config: RolloutConfig, shape: tuple[int, ...], num_prompts: int, seed: int, iteration: int
+) -> Tensor:
+    """(num_prompts * group_size, *shape) float32: one draw per group when `shared_noise`, else one per sample."""
+    if config.shared_noise:
+        noise = normal(shape, seed, "start", [(iteration, g) for g in range(num_prompts)])
+        return noise.repeat_interleave(config.group_size, dim=0)
+    rows = [(iteration, g, s) for g in range(num_prompts) for s in range(config.group_size)]
+    return normal(shape, seed, "start", rows)
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    condition: Condition,
+    config: RolloutConfig,
+    *,
+    seed: int = 0,
+    iteration: int = 0,
+    reduction: Reduction = "mean",
+) -> Trajectory:
+    """Samples group_size outputs for each of the P prompts of `condition` with the policy's stochastic sampler.
+
+    Groups are contiguous: sample i belongs to group i // group_size. Noise is keyed by (seed, iteration, group, sample,
+    step), so the result does not depend on `config.batch_size` beyond rounding. reduction: of the log-probability over
+    the latent's elements, `mean` or `sum`.
+    """
+    num_prompts, size = len(condition), config.group_size
+    plan = step_plan(config, policy.dynamics, num_prompts, seed, iteration)
+    start = starting_noise(config, policy.latent_shape, num_prompts, seed, iteration)
+    group = torch.arange(num_prompts).repeat_interleave(size)
+    (batch, kept), device = plan.trained.shape, policy.device
+    x_t = torch.empty(batch, kept, *policy.latent_shape, device=device)
+    x_next, log_prob = torch.empty_like(x_t), torch.empty(batch, kept, device=device)
+    x0 = torch.empty(batch, *policy.latent_shape, device=device)
+    for first in range(0, batch, config.batch_size):
+        rows = torch.arange(first, min(first + config.batch_size, batch))
+        x, told = start[rows].to(device), condition[group[rows].to(device)]
+        for step in range(config.num_steps):
+            gaussian = _transition(policy, x, step, told, plan.noise_level[rows, step])
+            noise = _step_noise(plan, policy.latent_shape, rows, size, step, seed, iteration)
+            following = gaussian.mean if noise is None else gaussian.sample(noise.to(device))
+            local, slot = (plan.trained[rows] == step).nonzero(as_tuple=True)
+            if len(local):
+                at, to, local = rows[local].to(device), slot.to(device), local.to(device)
+                x_t[at, to], x_next[at, to] = x[local], following[local]
+                taken = Gaussian(gaussian.mean[local], gaussian.std[local])
+                log_prob[at, to] = taken.log_prob(following[local], reduction=reduction)
+            x = following
+        x0[rows.to(device)] = x
+    level = plan.noise_level.gather(1, plan.trained).to(device)
+    return Trajectory(x_t, x_next, plan.trained.to(device), level, log_prob, x0, group.to(device), condition)
+
+
+@torch.no_grad()
+def sample(policy: Policy, condition: Condition, noise: Tensor) -> Tensor:
+    """The deterministic deployment sampler: starting noise (B, *S), condition of length B -> final latents (B, *S)."""
+    x = noise.to(policy.device)
+    silent = torch.zeros(len(x))
+    for step in range(policy.dynamics.num_steps):
+        x = _transition(policy, x, step, condition, silent).mean
+    return x
+
+
+def _transition(policy: Policy, x: Tensor, step: int, condition: Condition, noise_level: Tensor) -> Gaussian:
+    rows = torch.full((len(x),), step, dtype=torch.int64, device=x.device)
+    prediction = policy.predict(x, rows, condition)
+    return policy.dynamics.transition(x, prediction, rows, noise_level.to(x.device))
+
+
+def _step_noise(
+    plan: StepPlan, shape: tuple[int, ...], rows: Tensor, size: int, step: int, seed: int, iteration: int
+) -> Tensor | None:
+    """Keyed noise of this step for the rows; None where every row takes the deterministic step."""
+    if not bool((plan.noise_level[rows, step] > 0).any()):
+        return None
+    return normal(shape, seed, "step", [(iteration, row // size, row % size, step) for row in rows.tolist()])
