@@ -1,0 +1,245 @@
+"use strict";
+(() => {
+  const SVG = "http://www.w3.org/2000/svg";
+  const MARGIN = { left: 52, right: 12, top: 8, bottom: 24 };
+  const charts = JSON.parse(document.getElementById("data").textContent).charts;
+
+  const format = (value, unit) => {
+    if (value === null || value === undefined) return "–";
+    if (unit === "percent") return (100 * value).toFixed(Math.abs(value) >= 0.1 || value === 0 ? 1 : 2) + "%";
+    if (unit === "seconds") return Number(value.toPrecision(3)) + " s";
+    if (unit === "ratio") return value.toFixed(6);
+    if (unit === "megabytes") return Math.round(value).toLocaleString("en") + " MB";
+    const size = Math.abs(value);
+    return size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+  };
+  // Ticks are round numbers: as short as they can be.
+  const tickLabel = (value, unit) => {
+    if (unit === "percent") return Number((100 * value).toPrecision(6)) + "%";
+    const size = Math.abs(value);
+    if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(1).replace(".0e", "e");
+    return Number(value.toPrecision(8)).toLocaleString("en", { maximumFractionDigits: 8 });
+  };
+  const ticks = (low, high, count) => {
+    const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
+    const found = [];
+    for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(k * step);
+    return found;
+  };
+  const element = (name, attributes, parent) => {
+    const node = document.createElementNS(SVG, name);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    parent.appendChild(node);
+    return node;
+  };
+  const color = (index) => `var(--c${index % 7})`;
+
+  // Exponential running mean without the bias towards its first value; gaps stay gaps.
+  const smooth = (values) => {
+    const count = values.filter((v) => v !== null).length;
+    if (count < 20) return null;
+    const keep = 1 - 1 / Math.min(20, Math.max(4, count / 12));
+    let sum = 0, weight = 0;
+    return values.map((value) => {
+      if (value === null) return null;
+      sum = keep * sum + (1 - keep) * value;
+      weight = keep * weight + (1 - keep);
+      return sum / weight;
+    });
+  };
+  const stacked = (series) => {
+    const total = series[0].values.map(() => 0);
+    return series.map((line) => {
+      const low = total.slice();
+      line.values.forEach((value, i) => { total[i] += value ?? 0; });
+      return { low, high: total.slice() };
+    });
+  };
+
+  class Plot {
+    constructor(box, chart) {
+      Object.assign(this, { box, chart, at: null });
+      this.smooth = chart.smoothed && chart.kind === "line" ? chart.series.map((s) => smooth(s.values)) : [];
+      this.layers = chart.kind === "stack" ? stacked(chart.series) : null;
+      this.tooltip = document.createElement("div");
+      this.tooltip.className = "tooltip";
+      this.tooltip.hidden = true;
+      this.tooltip.setAttribute("role", "status");
+      box.addEventListener("pointermove", (event) => this.point(event.clientX));
+      box.addEventListener("pointerdown", (event) => this.point(event.clientX));
+      box.addEventListener("pointerleave", () => this.show(null));
+      box.addEventListener("blur", () => this.show(null));
+      box.addEventListener("keydown", (event) => this.key(event));
+    }
+    domain() {
+      const { chart } = this, all = [];
+      if (this.layers) this.layers.forEach((layer) => all.push(...layer.high));
+      else chart.series.forEach((s) => all.push(...s.values, ...(s.low ?? []), ...(s.high ?? [])));
+      const known = all.filter((v) => v !== null);
+      let low = Infinity, high = -Infinity;
+      for (const v of known) { low = Math.min(low, v); high = Math.max(high, v); }
+      // Ratios within rounding of 1 would fill the chart with noise.
+      if (chart.unit === "ratio") { low = Math.min(low, 1 - 5e-6); high = Math.max(high, 1 + 5e-6); }
+      if (chart.from_zero) { low = Math.min(0, low); high = Math.max(0, high); }
+      // A reference far above the data would flatten the curve; then it stays outside, named in the legend.
+      if (chart.reference && chart.reference[0] <= high + 0.5 * (high - low)) high = Math.max(high, chart.reference[0]);
+      if (low === high && low === 0 && chart.reference) return [0, 1.2 * chart.reference[0]];
+      if (low === high) {
+        const pad = Math.abs(low) * 0.1 || 1;
+        return chart.from_zero && low === 0 ? [0, chart.unit === "percent" ? 0.1 : 1] : [low - pad, high + pad];
+      }
+      const pad = 0.06 * (high - low);
+      return [chart.from_zero && low === 0 ? 0 : low - pad, high + pad];
+    }
+    draw() {
+      const { box, chart } = this;
+      const width = box.clientWidth, height = box.clientHeight;
+      if (!width) return;
+      const [low, high] = this.domain(), x0 = chart.x[0], x1 = chart.x[chart.x.length - 1];
+      const inner = { width: width - MARGIN.left - MARGIN.right, height: height - MARGIN.top - MARGIN.bottom };
+      this.sx = (x) => MARGIN.left + (x1 === x0 ? 0.5 : (x - x0) / (x1 - x0)) * inner.width;
+      this.sy = (y) => MARGIN.top + (1 - (y - low) / (high - low)) * inner.height;
+      box.replaceChildren();
+      const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, box);
+      for (const y of ticks(low, high, 4)) {
+        element("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: this.sy(y), y2: this.sy(y) }, svg);
+        element("text", { x: MARGIN.left - 7, y: this.sy(y) + 4, "text-anchor": "end" }, svg).textContent = tickLabel(y, chart.unit);
+      }
+      const wanted = x1 === x0 ? [x0] : ticks(x0, x1, Math.max(2, Math.floor(inner.width / 80))).filter(Number.isInteger);
+      for (const x of wanted) {
+        const label = element("text", { x: this.sx(x), y: height - 6, "text-anchor": "middle" }, svg);
+        label.textContent = tickLabel(x, "number");
+      }
+      if (chart.reference && chart.reference[0] >= low && chart.reference[0] <= high) {
+        const y = this.sy(chart.reference[0]);
+        element("line", { class: "reference", x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y }, svg);
+      }
+      chart.series.forEach((series, index) => this.drawSeries(svg, series, index));
+      this.cursor = element("g", {}, svg);
+      box.appendChild(this.tooltip);
+      this.show(this.at);
+    }
+    drawSeries(svg, series, index) {
+      const stroke = { style: `stroke:${color(index)}` }, fill = { style: `fill:${color(index)}` };
+      if (this.layers) {
+        const { low, high } = this.layers[index];
+        element("path", { class: "area", d: this.area(low, high), ...fill }, svg);
+        return;
+      }
+      if (series.low) element("path", { class: "band", d: this.area(series.low, series.high), ...fill }, svg);
+      const mean = this.smooth[index];
+      element("path", { class: mean ? "raw" : "strong", d: this.path(series.values), ...stroke }, svg);
+      if (mean) element("path", { class: "strong", d: this.path(mean), ...stroke }, svg);
+      if (this.chart.x.length <= 12 || series.values.filter((v) => v !== null).length <= 2) {
+        series.values.forEach((v, i) => {
+          if (v !== null) element("circle", { cx: this.sx(this.chart.x[i]), cy: this.sy(v), r: 3.2, ...fill }, svg);
+        });
+      }
+    }
+    path(values) {
+      let d = "", pen = "M";
+      values.forEach((value, i) => {
+        if (value === null) { pen = "M"; return; }
+        d += `${pen}${this.sx(this.chart.x[i]).toFixed(1)},${this.sy(value).toFixed(1)}`;
+        pen = "L";
+      });
+      return d;
+    }
+    // One closed shape for each stretch without gaps.
+    area(low, high) {
+      let d = "", run = [];
+      const close = () => {
+        const at = (i, y) => `${this.sx(this.chart.x[i]).toFixed(1)},${this.sy(y).toFixed(1)}`;
+        if (run.length === 1) {
+          // A lone point has no width: it is drawn as a bar.
+          const x = this.sx(this.chart.x[run[0]]), half = this.layers ? 24 : 4;
+          const [top, bottom] = [this.sy(high[run[0]]), this.sy(low[run[0]])].map((y) => y.toFixed(1));
+          d += `M${x - half},${top}H${x + half}V${bottom}H${x - half}Z`;
+        }
+        if (run.length > 1) d += "M" + run.map((i) => at(i, high[i])).join("L") + "L" + run.reverse().map((i) => at(i, low[i])).join("L") + "Z";
+        run = [];
+      };
+      low.forEach((value, i) => (value === null || high[i] === null ? close() : run.push(i)));
+      close();
+      return d;
+    }
+    point(clientX) {
+      const x = clientX - this.box.getBoundingClientRect().left;
+      let best = 0;
+      this.chart.x.forEach((value, i) => {
+        if (Math.abs(this.sx(value) - x) < Math.abs(this.sx(this.chart.x[best]) - x)) best = i;
+      });
+      this.show(best);
+    }
+    key(event) {
+      const last = this.chart.x.length - 1, at = this.at ?? last;
+      const moves = { ArrowLeft: Math.max(0, at - 1), ArrowRight: Math.min(last, at + 1), Home: 0, End: last };
+      if (event.key === "Escape") this.show(null);
+      if (!(event.key in moves)) return;
+      event.preventDefault();
+      this.show(moves[event.key]);
+    }
+    show(at) {
+      this.at = at;
+      this.tooltip.hidden = at === null;
+      if (!this.cursor) return;
+      this.cursor.replaceChildren();
+      if (at === null) return;
+      const { chart } = this, x = this.sx(chart.x[at]);
+      element("line", { class: "cursor", x1: x, x2: x, y1: MARGIN.top, y2: this.box.clientHeight - MARGIN.bottom }, this.cursor);
+      if (!this.layers) {
+        chart.series.forEach((series, index) => {
+          const value = series.values[at];
+          if (value !== null) element("circle", { cx: x, cy: this.sy(value), r: 4, style: `fill:${color(index)}` }, this.cursor);
+        });
+      }
+      this.write(at);
+      const room = this.box.clientWidth - this.tooltip.offsetWidth;
+      const left = x + 12 <= room ? x + 12 : x - 12 - this.tooltip.offsetWidth;
+      this.tooltip.style.left = `${Math.max(0, Math.min(room, left))}px`;
+      this.tooltip.style.top = `${MARGIN.top}px`;
+    }
+    write(at) {
+      const { chart } = this, head = document.createElement("strong");
+      head.textContent = `${chart.axis} ${chart.x[at]}`;
+      const rows = chart.series.map((series, index) => {
+        const row = document.createElement("div"), swatch = document.createElement("i"), extra = document.createElement("em");
+        swatch.style.background = color(index);
+        const mean = this.smooth[index]?.[at];
+        if (series.low && series.low[at] !== null) {
+          extra.textContent = `  ${format(series.low[at], chart.unit)} to ${format(series.high[at], chart.unit)}`;
+        } else if (mean !== null && mean !== undefined) {
+          extra.textContent = `  mean ${format(mean, chart.unit)}`;
+        }
+        row.append(swatch, `${series.name} ${format(series.values[at], chart.unit)}`, extra);
+        return row;
+      });
+      if (this.layers) {
+        const total = document.createElement("div");
+        total.textContent = `total ${format(this.layers[this.layers.length - 1].high[at], chart.unit)}`;
+        rows.push(total);
+      }
+      this.tooltip.replaceChildren(head, ...rows);
+    }
+  }
+
+  const watch = new ResizeObserver((entries) => entries.forEach((entry) => entry.target.plot.draw()));
+  for (const box of document.querySelectorAll(".plot")) {
+    box.plot = new Plot(box, charts[Number(box.dataset.chart)]);
+    box.plot.draw();
+    watch.observe(box);
+  }
+
+  const slider = document.getElementById("frame");
+  if (slider) {
+    const moments = slider.dataset.moments.split("|");
+    slider.addEventListener("input", () => {
+      document.getElementById("frame-label").textContent = moments[slider.value];
+      slider.setAttribute("aria-valuetext", moments[slider.value]);
+      for (const frame of document.querySelectorAll(".frame")) {
+        frame.classList.toggle("shown", frame.dataset.frame === slider.value);
+      }
+    });
+  }
+})();
