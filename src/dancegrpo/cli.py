@@ -1,0 +1,139 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dancegrpo.errors import DanceError
+
+app = typer.Typer(
+    name="dancegrpo",
+    help="Reinforcement learning for visual generation: train a diffusers pipeline to please a judge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted settings, `rollout.group_size=16`.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def main() -> None:
+    """Runs the command; a user's mistake is one line and exit code 2."""
+    try:
+        app()
+    except DanceError as error:
+        print(f"dancegrpo: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print(result: dict[str, Any], text: str, as_json: bool) -> None:
+    print(json.dumps(result, indent=1) if as_json else text)
+
+
+@app.command(epilog="Example: `dancegrpo train shapes-flux iterations=50 optimizer.learning_rate=2e-5`")
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe (`dancegrpo recipes`) or a YAML file.")] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; by default a new one under `runs/`.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A run folder to go on with.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a recipe, or go on with a run (`--resume RUN_DIR`)."""
+    from dancegrpo.trainer import train as run
+
+    settings = list(overrides or [])
+    if recipe is not None and resume is not None and "=" in recipe:
+        # With --resume the recipe may be left out, so the first word can be an override.
+        settings, recipe = [recipe, *settings], None
+    result = run(recipe, overrides=settings, out=out, resume=resume)
+    told = {"run_dir": str(result.run_dir), "report": str(result.report), "iterations": result.iterations}
+    _print(told, f"run:    {result.run_dir}\nreport: {result.report}", as_json)
+
+
+@app.command(
+    epilog='Example: `dancegrpo sample runs/shapes-flux-seed0 --prompt "a red circle" --count 4 --out pictures`'
+)
+def sample(
+    source: Annotated[str, typer.Argument(help="A run folder, or a recipe for its untrained pipeline.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given several times.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 4,
+    seed: Annotated[int, typer.Option(help="Key of the starting noise.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    as_json: AsJson = False,
+) -> None:
+    """Draw pictures with the deterministic sampler, from a run's newest weights or a recipe's base."""
+    from dancegrpo.inference import draw
+
+    files = draw(source, list(prompt or []), count=count, seed=seed, out=out)
+    _print({"files": [str(file) for file in files]}, "\n".join(map(str, files)), as_json)
+
+
+@app.command(name="eval", epilog="Example: `dancegrpo eval runs/shapes-flux-seed0 evaluation.num_prompts=1200`")
+def evaluate(
+    source: Annotated[str, typer.Argument(help="A run folder, or a recipe for its untrained pipeline.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure held-out prompts with fixed noise and the deterministic sampler; a run is compared with its start."""
+    from dancegrpo.inference import measure
+
+    result, table = measure(source, list(overrides or []))
+    _print(result, table, as_json)
+
+
+@app.command(epilog="Example: `dancegrpo report runs/shapes-flux-seed0`")
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write (again) a run's self-contained HTML report."""
+    from dancegrpo.report import write_report
+    from dancegrpo.run_folder import RunFolder
+
+    path = write_report(RunFolder.open(run_dir).path)
+    _print({"report": str(path)}, str(path), as_json)
+
+
+@app.command(epilog="Example: `dancegrpo recipes` or `dancegrpo recipes flux-hps`")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this recipe's resolved settings.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the shipped recipes, or show one with all its settings."""
+    from dancegrpo.config import dump_config, list_recipes, load_config
+
+    if name is not None:
+        config = load_config(name)
+        _print(config.model_dump(mode="json"), dump_config(config).rstrip(), as_json)
+        return
+    known = list_recipes()
+    width = max(len(recipe.name) for recipe in known)
+    told = {"recipes": [{"name": recipe.name, "description": recipe.description} for recipe in known]}
+    _print(told, "\n".join(f"{recipe.name:{width}}  {recipe.description}" for recipe in known), as_json)
+
+
+@app.command(epilog="Example: `dancegrpo export runs/shapes-flux-seed0 --out my-pipeline`")
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder with a checkpoint.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the pipeline or the LoRA weights.")],
+    ema: Annotated[bool, typer.Option("--ema/--no-ema", help="Take the moving average where the run kept one.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's weights as a diffusers pipeline (or LoRA weights) with a model card."""
+    from dancegrpo.inference import export as write
+
+    path = write(run_dir, out, ema=ema)
+    _print({"export": str(path)}, str(path), as_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What an iteration says of itself: rewards, groups, seconds, memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dancegrpo.algorithms import Advantage
+from dancegrpo.rewards.base import Scores
+
+
+class Clock:
+    """Seconds per phase, with the accelerator's queue drained at each boundary."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.started = device, {}, time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Times the block as `phase`."""
+        started = time.perf_counter()
+        yield
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        self.seconds[phase] = time.perf_counter() - started
+
+    def metrics(self) -> dict[str, float]:
+        """`seconds/PHASE` for each, and `seconds/total`."""
+        total = time.perf_counter() - self.started
+        return {**{f"seconds/{phase}": value for phase, value in self.seconds.items()}, "seconds/total": total}
+
+
+def reward_metrics(scores: Mapping[str, Scores], advantage: Advantage, group: Tensor) -> dict[str, Any]:
+    """Raw and normalised rewards per judge, groups without signal, masked samples."""
+    metrics: dict[str, Any] = {}
+    for name, judged in scores.items():
+        valid = judged.valid
+        metrics[f"reward/{name}/mean"] = _mean(judged.values[valid])
+        metrics[f"reward/{name}/std"] = _std(judged.values[valid])
+        metrics |= {f"reward/{name}/{extra}": _mean(column[valid]) for extra, column in judged.extra.items()}
+        spreads = [_std(judged.values[valid & (group == index)]) for index in group.unique().tolist()]
+        known = [spread for spread in spreads if spread is not None]
+        metrics[f"reward/{name}/group_std"] = sum(known) / len(known) if known else None
+        if name in advantage.per_judge:
+            metrics[f"reward/{name}/normalized_mean"] = _mean(advantage.per_judge[name][valid])
+            metrics[f"reward/{name}/normalized_std"] = _std(advantage.per_judge[name][valid])
+        metrics[f"reward/{name}/masked"] = int((~valid).sum())
+    selected = advantage.value[advantage.weight > 0]
+    return metrics | {
+        "advantage/mean": _mean(selected),
+        "advantage/std": _std(selected),
+        "advantage/abs_max": float(selected.abs().max()) if len(selected) else None,
+        "groups/total": len(advantage.silent),
+        "groups/zero_spread": int(advantage.silent.sum()),
+        "samples/total": len(group),
+        "samples/masked": len(group) - int(torch.stack([s.valid for s in scores.values()]).all(dim=0).sum()),
+        "samples/selected": len(selected),
+    }
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak of the accelerator's allocator, or of the process's resident memory on the CPU, in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.double().mean()) if len(values) else None
+
+
+def _std(values: Tensor) -> float | None:
+    return float(values.double().std()) if len(values) > 1 else None

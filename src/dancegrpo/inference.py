@@ -1,0 +1,146 @@
+"""What is done with a run's weights afterwards: draw, measure, export. Also with a recipe's untrained pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dancegrpo import evaluate
+from dancegrpo.checkpoint import Checkpoint, load_latest
+from dancegrpo.config import RunConfig, load_config
+from dancegrpo.errors import CheckpointError, ConfigError
+from dancegrpo.media import save_image
+from dancegrpo.policies import ModelCard, Policy, load_policy
+from dancegrpo.prompts import Prompt, open_prompts
+from dancegrpo.rewards import Judges, load_reward
+from dancegrpo.run_folder import RunFolder
+from dancegrpo.statistics import Comparison, Summary, compare, summarize
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A policy with the weights of a run (or of a recipe's base, where `run` is None)."""
+
+    config: RunConfig
+    policy: Policy
+    run: RunFolder | None
+    iteration: int
+
+
+def load_trained(source: str, overrides: Sequence[str] = (), *, ema: bool = True) -> Trained:
+    """A run folder's newest weights (the moving average where it kept one and `ema`), or a recipe's base."""
+    path = Path(source)
+    if not path.is_dir():
+        config = load_config(source, overrides)
+        return Trained(config, load_policy(config.model, config.rollout), None, 0)
+    run = RunFolder.open(path)
+    config = load_config(run.config_file, overrides)
+    policy = load_policy(config.model, config.rollout)
+    warnings: list[str] = []
+    checkpoint = load_latest(path, warnings.append)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{path} has no whole checkpoint{''.join(f' ({w})' for w in warnings)}: let the run reach one first"
+        )
+    _load_weights(policy, checkpoint, ema=ema)
+    return Trained(config, policy, run, checkpoint.iteration)
+
+
+@torch.no_grad()
+def _load_weights(policy: Policy, checkpoint: Checkpoint, *, ema: bool) -> None:
+    weights = checkpoint.tensors.get("ema") if ema else None
+    for name, parameter in policy.trainable().items():
+        parameter.copy_((weights or checkpoint.tensors["weights"])[name])
+
+
+def draw(source: str, texts: Sequence[str], *, count: int, seed: int, out: Path) -> list[Path]:
+    """`count` pictures of each text (of four held-out prompts where none is given), as out/PROMPT-NUMBER.png."""
+    trained = load_trained(source)
+    config = trained.config
+    if texts:
+        prompts = [Prompt(number, text, config.prompts.negative) for number, text in enumerate(texts)]
+    else:
+        prompts_source = open_prompts(config.prompts.evaluation or config.prompts.train, column=config.prompts.column)
+        prompts = [prompts_source[index] for index in range(min(4, len(prompts_source)))]
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    files = [out / f"{index // count:03d}-{index % count:02d}.png" for index in range(len(repeated))]
+    media = evaluate.pictures(trained.policy, repeated, seed=seed, batch_size=config.evaluation.batch_size)
+    for file, frames in zip(files, (sample for _, batch in media for sample in batch), strict=True):
+        save_image(frames[0], file)
+    return files
+
+
+def measure(source: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """Held-out scores as (JSON-able result, printed table), compared with the start where the run measured the same."""
+    trained = load_trained(source, overrides)
+    config = trained.config
+    if not config.evaluation.num_prompts or not config.prompts.evaluation:
+        raise ConfigError(f"{source} has no held-out prompts: set prompts.evaluation=FILE and evaluation.num_prompts=N")
+    held_out = open_prompts(config.prompts.evaluation, column=config.prompts.column, negative=config.prompts.negative)
+    prompts = evaluate.choose(held_out, config.evaluation.num_prompts, config.evaluation.seed)
+    judges = Judges(
+        {name: load_reward(name, reward) for name, reward in config.rewards.items()},
+        {name: reward.weight for name, reward in config.rewards.items()},
+    )
+    settings = config.evaluation
+    record = evaluate.evaluate(trained.policy, judges, prompts, seed=settings.seed, batch_size=settings.batch_size)
+    summary, comparison = summarize({"iteration": trained.iteration, **record}), None
+    start = trained.run.evaluation_file(0) if trained.run else None
+    if start is not None and start.is_file():
+        before = json.loads(start.read_text(encoding="utf-8"))
+        if before["prompt_ids"] == record["prompt_ids"]:
+            comparison = compare(before, record)
+    return _as_json(trained, summary, comparison), _as_table(summary, comparison)
+
+
+def _as_json(trained: Trained, summary: Summary, comparison: Comparison | None) -> dict[str, Any]:
+    result: dict[str, Any] = {"iteration": trained.iteration, "means": summary.means, "invalid": summary.invalid}
+    for column, rate in summary.passes.items():
+        result[column] = {"rate": rate.rate, "low": rate.low, "high": rate.high, "total": rate.total}
+        result[f"{column}/tasks"] = {task: r.rate for task, r in summary.tasks.get(column, {}).items()}
+    if comparison is not None:
+        gains = {
+            c: {"before": g.before, "after": g.after, "gain": g.gain, "low": g.low, "high": g.high, "n": g.n}
+            for c, g in comparison.overall.items()
+        }
+        tasks = {c: {task: g.gain for task, g in held.items()} for c, held in comparison.tasks.items()}
+        result["gain"], result["gain_by_task"] = gains, tasks
+    return result
+
+
+def _as_table(summary: Summary, comparison: Comparison | None) -> str:
+    lines = []
+    for column, mean in summary.means.items():
+        line = f"{column:24} {'no valid score' if mean is None else f'{mean:.4f}'}"
+        if comparison is not None and column in comparison.overall:
+            gain = comparison.overall[column]
+            line += (
+                f"   start {gain.before:.4f}   gain {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}], n={gain.n}"
+            )
+        lines.append(line)
+        for task, rate in summary.tasks.get(column, {}).items():
+            line = f"  {task:22} {rate.rate:.4f} [{rate.low:.4f}, {rate.high:.4f}]"
+            if comparison is not None and task in comparison.tasks.get(column, {}):
+                gain = comparison.tasks[column][task]
+                line += f"   gain {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def export(run_dir: Path, out: Path, *, ema: bool = True) -> Path:
+    """Writes the run's weights so that diffusers alone loads them, with a model card."""
+    trained = load_trained(str(run_dir), ema=ema)
+    config = trained.config
+    card = ModelCard(
+        base_model=config.model.path,
+        recipe=config.name,
+        iterations=trained.iteration,
+        judges=tuple(f"{name} ({reward.judge}, weight {reward.weight:g})" for name, reward in config.rewards.items()),
+    )
+    trained.policy.export(out, card)
+    return out

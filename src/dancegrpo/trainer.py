@@ -1,0 +1,331 @@
+"""The loop: prompts -> encode -> rollout -> decode -> rewards -> advantages -> update -> checkpoint, report."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dancegrpo import evaluate as measure
+from dancegrpo.algorithms import build_algorithm
+from dancegrpo.checkpoint import Checkpoint, load_latest, save, truncate_metrics, write_json
+from dancegrpo.config import RewardConfig, RunConfig, diff_configs, load_config
+from dancegrpo.errors import CheckpointError, ConfigError
+from dancegrpo.health import Clock, peak_memory_mb, reward_metrics
+from dancegrpo.media import grid, save_image
+from dancegrpo.policies import Policy, load_policy
+from dancegrpo.policies.cache import CachedEncoder, ConditionCache
+from dancegrpo.progress import Progress
+from dancegrpo.prompts import GroupSampler, Prompt, open_prompts
+from dancegrpo.report import write_report
+from dancegrpo.rewards import FunctionReward, Judges, Reward, load_reward
+from dancegrpo.run_folder import RunFolder
+from dancegrpo.sampling import trained_steps
+from dancegrpo.statistics import summarize
+from dancegrpo.tracking import Tracker, open_tracker
+from dancegrpo.update import Updater
+
+MAY_CHANGE = ("iterations", "output", "checkpoint.", "tracking.")
+"""Settings that a resumed run may change: they do not touch what any iteration computes."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind."""
+
+    run_dir: Path
+    report: Path
+    iterations: int
+    """Iterations finished in all."""
+
+
+def train(
+    config: RunConfig | str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    rewards: Mapping[str, Reward | Callable[..., Any]] | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+) -> RunResult:
+    """Trains a recipe, or goes on with a run.
+
+    config: a validated config, a shipped recipe's name or a YAML file; None only with `resume`. overrides: dotted
+    `key=value` strings. rewards: judges as Python objects, each of weight 1; they replace the recipe's. A plain
+    function is called as `judge(images, prompts)` (see `FunctionReward`). out: the run's folder. resume: a run folder
+    to go on with.
+
+    Raises a `DanceError` for whatever is the user's to mend.
+    """
+    if resume is not None:
+        folder = RunFolder.open(Path(resume))
+        settings = _resumed_config(folder, config, overrides)
+    elif config is None:
+        raise ConfigError("no recipe given: name one (`dancegrpo recipes` lists them), or a run folder to resume")
+    else:
+        settings = config if isinstance(config, RunConfig) and not overrides else load_config(config, overrides)
+        settings = _with_rewards(settings, rewards)
+        folder = None
+    judges = {name: _judge(name, r, rewards) for name, r in settings.rewards.items()}
+    trainer = Trainer(settings, judges)
+    folder = folder or RunFolder.create(settings, Path(out) if out is not None else None)
+    return trainer.fit(folder, resume=resume is not None)
+
+
+class Trainer:
+    """One run: what `fit` loops over, and the pieces one iteration needs."""
+
+    def __init__(self, config: RunConfig, judges: Mapping[str, Reward]) -> None:
+        self.config = config
+        self.threads = config.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        torch.set_num_threads(self.threads)
+        prompts = config.prompts
+        self.prompts = open_prompts(prompts.train, column=prompts.column, negative=prompts.negative)
+        self.sampler = GroupSampler(len(self.prompts), prompts.per_iteration, config.seed)
+        self.held_out = self._held_out()
+        self.policy: Policy = load_policy(config.model, config.rollout, seed=config.seed)
+        cache = (
+            ConditionCache(Path(config.output) / ".conditions", prompts.cache_mb * 1_000_000)
+            if prompts.cache_mb
+            else None
+        )
+        self.encoder = CachedEncoder(self.policy, cache)
+        self.judges = Judges(judges, {name: reward.weight for name, reward in config.rewards.items()})
+        self.algorithm = build_algorithm(config)
+        if self.algorithm.needs_reference:
+            self.policy.keep_reference()
+        self.updater = Updater(self.policy, self.algorithm, config)
+
+    def _held_out(self) -> list[Prompt]:
+        config = self.config
+        if not config.prompts.evaluation:
+            return []
+        source = open_prompts(config.prompts.evaluation, column=config.prompts.column, negative=config.prompts.negative)
+        return measure.choose(
+            source, max(config.evaluation.num_prompts, config.evaluation.samples), config.evaluation.seed
+        )
+
+    def fit(self, folder: RunFolder, *, resume: bool = False) -> RunResult:
+        """Runs to `config.iterations`, leaving checkpoints, evaluations, samples and the report in the folder."""
+        config, status = self.config, "failed"
+        console = Console(stderr=True)  # standard output is for results
+        with Progress(config.iterations, 0, config.name, console=console) as progress, _stop_requests() as stopped:
+            done, seconds = self._restore(folder, progress) if resume else (0, 0.0)
+            self._epoch = time.perf_counter() - seconds
+            folder.describe_machine(str(self.policy.device), self.threads, self.derived())
+            progress.message(self.plan())
+            settings = config.model_dump(mode="json")
+            tracker = open_tracker(config.tracking, folder.path, folder.path.name, settings, first_step=done)
+            try:
+                done = self._loop(folder, done, progress, tracker, stopped)
+                status = "finished" if done >= config.iterations else "stopped"
+            finally:
+                tracker.finish()
+                folder.write_info(status=status, seconds=time.perf_counter() - self._epoch)
+            report = write_report(folder.path)
+            progress.message(f"{status} after {done} iterations")
+        return RunResult(folder.path, report, done)
+
+    def _loop(
+        self, folder: RunFolder, start: int, progress: Progress, tracker: Tracker, stopped: threading.Event
+    ) -> int:
+        """Iterations `start` to the last; returns how many are done. A request to stop is heard after each."""
+        config, done = self.config, start
+        if start == 0:
+            self._evaluate(folder, 0, progress)
+        while done < config.iterations and not stopped.is_set():
+            metrics = self.iterate(done)
+            folder.append_metrics(metrics)
+            tracker.log(metrics, done)
+            progress.iteration(metrics)
+            done += 1
+            last = done == config.iterations or stopped.is_set()
+            if last or _due(config.evaluation.every, done):
+                self._evaluate(folder, done, progress)
+                tracker.log_images("samples", sorted(folder.samples_folder(done).glob("grid.png")), done - 1)
+            if last or _due(config.checkpoint.every, done):
+                self._save(folder, done)
+        return done
+
+    def iterate(self, iteration: int) -> dict[str, Any]:
+        """One iteration; returns its metrics, flat."""
+        clock, policy, config = Clock(self.policy.device), self.policy, self.config
+        prompts = [self.prompts[index] for index in self.sampler.indices(iteration)]
+        with clock("encode"):
+            condition = self.encoder.encode(prompts)
+        with clock("rollout"):
+            trajectory = self.algorithm.collect(policy, condition, iteration)
+        with clock("decode"), torch.no_grad():
+            media = torch.cat([policy.decode(x0) for x0 in trajectory.x0.split(config.rollout.batch_size)])
+        group = trajectory.group.cpu()
+        with clock("reward"):
+            scores = self.judges.score(media, [prompts[index] for index in group.tolist()])
+            self.judges.require_valid(scores)
+        with clock("update"):
+            advantage = self.algorithm.advantage(scores, group)
+            metrics = self.updater.update(trajectory, advantage)
+        rewards = reward_metrics(scores, advantage, group)
+        return {
+            "iteration": iteration,
+            **rewards,
+            **metrics,
+            **clock.metrics(),
+            "memory/peak_mb": peak_memory_mb(policy.device),
+        }
+
+    def derived(self) -> dict[str, int]:
+        """What follows from the settings: samples, pairs and micro-batches."""
+        config = self.config
+        samples = config.prompts.per_iteration * config.rollout.group_size
+        trained = config.prompts.per_iteration * (config.advantage.keep or config.rollout.group_size)
+        steps = self._steps_per_sample()
+        pairs = trained * steps // config.update.updates_per_rollout
+        return {
+            "samples_per_iteration": samples,
+            "trained_samples_per_iteration": trained,
+            "trained_steps_per_sample": steps,
+            "pairs_per_update": pairs,
+            "micro_batches_per_update": -(-pairs // config.update.micro_batch_size),
+            "updates": config.iterations * config.update.updates_per_rollout,
+            "trainable_parameters": sum(p.numel() for p in self.policy.trainable().values()),
+        }
+
+    def _steps_per_sample(self) -> int:
+        steps = trained_steps(self.config.rollout, self.policy.dynamics)
+        return steps if isinstance(steps, int) else len(steps)
+
+    def plan(self) -> str:
+        """The derived numbers in one line, and advice where the settings are known to hurt."""
+        config, d = self.config, self.derived()
+        prompts, size, updates = (
+            config.prompts.per_iteration,
+            config.rollout.group_size,
+            config.update.updates_per_rollout,
+        )
+        lines = [
+            f"{prompts} prompts x {size} samples = {d['samples_per_iteration']} per iteration; "
+            f"{d['trained_steps_per_sample']} of {config.rollout.num_steps} steps trained; {updates} update(s) per "
+            f"rollout of {d['pairs_per_update']} pairs in {d['micro_batches_per_update']} micro-batches; "
+            f"{d['trainable_parameters']:,} trainable parameters"
+        ]
+        if size < 8:
+            lines.append(f"warning: rollout.group_size={size} makes noisy baselines; 8 or more is advised")
+        if self.policy.guided and updates > 1:
+            advice = "can be unstable with classifier-free guidance; 1 is advised"
+            lines.append(f"warning: update.updates_per_rollout={updates} {advice}")
+        return "\n".join(lines)
+
+    def _weights(self) -> Any:
+        """The weights that are measured and exported: the moving average where one is kept."""
+        return nullcontext() if self.updater.ema is None else self.policy.use_weights(self.updater.ema)
+
+    def _evaluate(self, folder: RunFolder, done: int, progress: Progress) -> None:
+        config, count = self.config.evaluation, self.config.evaluation.num_prompts
+        shown = (self.held_out or [self.prompts[i] for i in range(min(len(self.prompts), config.samples))])[
+            : config.samples
+        ]
+        with self._weights():
+            if shown:
+                self._draw_samples(folder, done, shown)
+            if not count:
+                return
+            record = measure.evaluate(
+                self.policy, self.judges, self.held_out[:count], seed=config.seed, batch_size=config.batch_size
+            )
+        record = {"iteration": done, "weights": "current" if self.updater.ema is None else "ema", **record}
+        write_json(folder.evaluation_file(done), record)
+        progress.evaluation(summarize(record))
+
+    def _draw_samples(self, folder: RunFolder, done: int, prompts: list[Prompt]) -> None:
+        config, target = self.config.evaluation, folder.samples_folder(done)
+        drawn = measure.pictures(self.policy, prompts, seed=config.seed, batch_size=config.batch_size)
+        frames = [sample[0] for _, media in drawn for sample in media]
+        for number, frame in enumerate(frames):
+            save_image(frame, target / f"{number}.png")
+        save_image(grid(frames, columns=min(6, len(frames))), target / "grid.png")
+        labels = [{"text": prompt.text, "task": prompt.metadata.get("task")} for prompt in prompts]
+        write_json(folder.path / "samples" / "prompts.json", labels)
+
+    def _save(self, folder: RunFolder, done: int) -> None:
+        seconds = time.perf_counter() - self._epoch
+        state = {"num_updates": self.updater.num_updates, "algorithm": self.algorithm.state_dict(), "seconds": seconds}
+        save(folder.path, Checkpoint(done, self.updater.state_dict(), state), self.config.checkpoint.keep)
+
+    def _restore(self, folder: RunFolder, progress: Progress) -> tuple[int, float]:
+        """Loads the newest whole checkpoint and drops later metrics: (iterations done, seconds so far)."""
+        checkpoint = load_latest(folder.path, progress.message)
+        done = 0 if checkpoint is None else checkpoint.iteration
+        for row in truncate_metrics(folder.metrics_file, done):
+            progress.iteration(row)
+        if checkpoint is None:
+            return 0, 0.0
+        self.updater.load_state_dict(checkpoint.tensors, checkpoint.state["num_updates"])
+        self.algorithm.load_state_dict(checkpoint.state["algorithm"])
+        return done, checkpoint.state["seconds"]
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM finish the iteration and save; a second Ctrl-C interrupts at once."""
+    stopped, previous = threading.Event(), {}
+
+    def request(number: int, _: object) -> None:
+        stopped.set()
+        signal.signal(number, previous[number])
+
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _resumed_config(folder: RunFolder, config: RunConfig | str | Path | None, overrides: Sequence[str]) -> RunConfig:
+    """The run's own settings with the changes asked for. Raises CheckpointError naming those that may not change."""
+    held = folder.config()
+    if config is None:
+        wanted = load_config(folder.config_file, overrides)
+    else:
+        wanted = config if isinstance(config, RunConfig) and not overrides else load_config(config, overrides)
+    changed = {key: pair for key, pair in diff_configs(held, wanted).items() if not key.startswith(MAY_CHANGE)}
+    if changed:
+        listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in sorted(changed.items()))
+        raise CheckpointError(
+            f"{folder.path} was started with other settings: {listed}; resume without them, or start a new run"
+        )
+    return wanted
+
+
+def _with_rewards(config: RunConfig, rewards: Mapping[str, Any] | None) -> RunConfig:
+    if not rewards:
+        return config
+    named = {
+        name: RewardConfig(judge=f"python:{getattr(judge, '__qualname__', type(judge).__name__)}")
+        for name, judge in rewards.items()
+    }
+    return config.model_copy(update={"rewards": named})
+
+
+def _judge(name: str, config: RewardConfig, given: Mapping[str, Any] | None) -> Reward:
+    if given and name in given:
+        judge = given[name]
+        return judge if isinstance(judge, Reward) else FunctionReward(judge, name)
+    if config.judge.startswith("python:"):
+        raise ConfigError(
+            f"judge {name} ({config.judge}) lives in Python: resume with train(resume=..., rewards={{{name!r}: ...}})"
+        )
+    return load_reward(name, config)
+
+
+def _due(every: int, done: int) -> bool:
+    return every > 0 and done % every == 0

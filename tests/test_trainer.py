@@ -1,0 +1,189 @@
+"""The loop end to end on a tiny random FLUX pipeline, and its resume to the last bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dancegrpo import load_config, train
+from dancegrpo.errors import CheckpointError, ConfigError, RewardError
+from dancegrpo.run_folder import RunFolder
+
+TIMED = ("seconds/", "memory/")
+
+
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture
+def settings(tiny_flux_path, tmp_path):
+    (tmp_path / "train.txt").write_text("".join(f"a drawing of {n} dots\n" for n in range(7)))
+    (tmp_path / "held.txt").write_text("one dot\ntwo dots\nthree dots\n")
+    return {
+        "name": "tiny",
+        "iterations": 4,
+        "threads": 1,
+        "output": str(tmp_path / "runs"),
+        "model": {"path": str(tiny_flux_path), "height": 32, "width": 32, "max_sequence_length": 16},
+        "prompts": {"train": str(tmp_path / "train.txt"), "evaluation": str(tmp_path / "held.txt"), "per_iteration": 2},
+        "rollout": {"group_size": 4, "num_steps": 4, "noise_level": 0.7, "shift": 1.5},
+        "rewards": {"bright": {"judge": "test_trainer:brightness"}},
+        "optimizer": {"learning_rate": 1e-3},
+        "update": {"updates_per_rollout": 2},
+        "ema": {"decay": 0.9},
+        "evaluation": {"num_prompts": 3, "samples": 2, "every": 2},
+        "checkpoint": {"every": 1, "keep": 2},
+        "tracking": {"backend": "none"},
+    }
+
+
+def metrics(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in rows]
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = max((run / "checkpoints").iterdir())
+    return load_file(newest / "weights.safetensors") | {
+        f"ema.{n}": t for n, t in load_file(newest / "ema.safetensors").items()
+    }
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    left, right = final_weights(a), final_weights(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_run_leaves_everything_in_its_folder(settings):
+    run = train(load_config(settings)).run_dir
+    assert [row["iteration"] for row in metrics(run)] == [0, 1, 2, 3]
+    assert load_config(run / "config.yaml") == load_config(settings)
+    assert sorted(p.name for p in (run / "evaluations").iterdir()) == ["000000.json", "000002.json", "000004.json"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["000003", "000004"]
+    assert (run / "samples" / "000004" / "grid.png").is_file()
+    assert "<html" in (run / "report.html").read_text()
+    assert RunFolder(run).info()["status"] == "finished"
+
+
+def test_every_rollouts_first_ratio_is_exactly_one(settings):
+    rows = metrics(train(load_config(settings)).run_dir)
+    assert [row["train/ratio_first"] for row in rows] == [1.0] * 4
+    assert all(row["train/replay_difference"] <= 1e-6 for row in rows)
+
+
+def test_the_same_seed_repeats_and_another_does_not(settings):
+    a, b = (train(load_config(settings)).run_dir for _ in range(2))
+    c = train(load_config(settings, ["seed=1"])).run_dir
+    assert_same_run(a, b)
+    assert metrics(a) != metrics(c)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_a_resumed_run_equals_an_uninterrupted_one(settings, kept, tmp_path):
+    whole = train(load_config(settings)).run_dir
+    part = train(load_config(settings, [f"iterations={kept}"]), out=tmp_path / "part").run_dir
+    # What a kill leaves beyond the last checkpoint: lines of iterations that were not saved, the last one half-written.
+    with (part / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": kept, "reward/bright/mean": 9.0}) + '\n{"iterat')
+    train(resume=part, overrides=["iterations=4"])
+    assert_same_run(whole, part)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_weights(settings, tmp_path):
+    settings["iterations"] = 8
+    whole = train(load_config(settings)).run_dir
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(settings))
+    killed, environment = tmp_path / "killed", {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-m", "dancegrpo", "train"]
+    import time
+
+    for attempt in range(12):
+        extra = ["--resume", str(killed)] if (killed / "config.yaml").is_file() else [str(recipe), "--out", str(killed)]
+        process = subprocess.Popen(
+            [*command, *extra], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        try:
+            _, told = process.communicate(timeout=4 + 1.3 * attempt)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            time.sleep(0.1)
+            continue
+        assert process.returncode == 0, told.decode()
+        break
+    assert_same_run(whole, killed)
+
+
+def test_sigterm_finishes_the_iteration_and_saves(settings, tmp_path):
+    stopping = {"calls": 0}
+
+    def judge(images, prompts):
+        stopping["calls"] += 1
+        if stopping["calls"] == 3:  # before training once, then in the second iteration
+            os.kill(os.getpid(), signal.SIGTERM)
+        return images.mean(dim=(1, 2, 3))
+
+    settings["evaluation"]["every"] = 0
+    result = train(load_config(settings), rewards={"bright": judge}, out=tmp_path / "run")
+    assert result.iterations == 2
+    assert RunFolder(result.run_dir).info()["status"] == "stopped"
+    assert max((result.run_dir / "checkpoints").iterdir()).name == "000002"
+
+
+def test_resuming_with_other_settings_names_them(settings):
+    run = train(load_config(settings, ["iterations=1"])).run_dir
+    with pytest.raises(CheckpointError, match=r"optimizer\.learning_rate \(0\.001 -> 0\.002\)"):
+        train(resume=run, overrides=["optimizer.learning_rate=2e-3"])
+
+
+def test_a_folder_that_is_in_use_is_refused(settings, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.doc").write_text("precious")
+    with pytest.raises(CheckpointError, match="not an empty folder"):
+        train(load_config(settings), out=tmp_path / "full")
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.doc"]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        train(resume=tmp_path)
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(ConfigError, match="no recipe given"):
+        train()
+
+
+def test_a_users_function_is_the_judge_and_its_failures_are_masked(settings, tmp_path):
+    def moody(images, prompts):
+        return [None if index % 4 == 0 else float(image.mean()) for index, image in enumerate(images)]
+
+    row = metrics(train(load_config(settings, ["iterations=1"]), rewards={"moody": moody}).run_dir)[0]
+    assert row["samples/masked"] == row["reward/moody/masked"] == 2
+    assert row["samples/selected"] == 6
+
+
+def test_a_judge_that_always_fails_stops_the_run_with_its_cause(settings):
+    def broken(images, prompts):
+        raise ValueError("out of tokens")
+
+    with pytest.raises(RewardError, match="out of tokens"):
+        train(load_config(settings), rewards={"broken": broken})
+
+
+def test_learning_moves_the_reward(settings):
+    longer = ["iterations=12", "rollout.group_size=16", "optimizer.learning_rate=3e-3", "evaluation.num_prompts=0"]
+    rows = metrics(train(load_config(settings, longer), rewards={"bright": brightness}).run_dir)
+    rewards = [row["reward/bright/mean"] for row in rows]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 2 * rows[0]["reward/bright/group_std"]
