@@ -33,6 +33,8 @@ class Floor:
         self.trajectory = trainer.algorithm.collect(self.policy, condition, 0)
         self.samples, self.steps = len(self.trajectory), config.rollout.num_steps
         self.media = self._decode()
+        # Its own optimizer at rate 0: the floor must neither train nor touch the run's moments.
+        self.optimizer = torch.optim.AdamW(self.policy.trainable().values(), lr=0.0, weight_decay=0.0, fused=True)
         self.forward_size, self.backward_size = self._best(sizes, self._forward), self._best(sizes, self._backward)
 
     def _inputs(self, size: int) -> dict[str, Any]:
@@ -89,18 +91,17 @@ class Floor:
         drawn = [self.prompts[i] for i in self.trajectory.group.tolist()]
         for judge in self.trainer.judges.rewards.values():
             judge(media, drawn)
-        optimizer = self.trainer.updater.optimizer
-        for _ in range(updates):
-            self._backward(pairs // updates, self.backward_size)
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0  # the floor must not train
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for update in range(updates):
+            self._backward(pairs // updates + (update < pairs % updates), self.backward_size)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
 
 def _timed(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter() - started
 
 
@@ -111,6 +112,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12, help="interleaved (iteration, floor) pairs; at least 10")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.pairs < 10:
+        parser.error(f"--pairs={args.pairs} is too few for an interval: use 10 or more")
     config = load_config(args.recipe, args.overrides)
     trainer = Trainer(config, load_judges(config.rewards).rewards)
     floor = Floor(trainer, [32, 64, 128, 256])

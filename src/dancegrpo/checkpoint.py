@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dancegrpo.errors import CheckpointError
+from dancegrpo.files import write_atomically, write_text
 
 MANIFEST = "manifest.json"
 
@@ -25,34 +26,6 @@ class Checkpoint:
     """Iterations finished."""
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary sibling (file or folder), then renames it to `path`: whole or not at all.
-
-    Raises CheckpointError naming the path when the disk refuses.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        write(partial)
-        if path.is_dir():
-            _remove(path)
-        partial.replace(path)
-    except OSError as error:
-        _remove(partial, quietly=True)
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from error
-    except BaseException:
-        _remove(partial, quietly=True)
-        raise
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes JSON atomically."""
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(value, indent=1), encoding="utf-8"))
 
 
 def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -77,13 +50,19 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def load_latest(run_dir: Path, warn: Callable[[str], object]) -> Checkpoint | None:
-    """The newest whole checkpoint, or None; a damaged one is named through `warn` and the one before it is used."""
-    for iteration in reversed(_iterations(run_dir)):
+    """The newest whole checkpoint, or None where none was saved yet.
+
+    A damaged one is named through `warn` and the one before it is used; CheckpointError where all are damaged.
+    """
+    saved = _iterations(run_dir)
+    for iteration in reversed(saved):
         folder = _folder(run_dir) / f"{iteration:06d}"
         try:
             return _load(folder)
         except (OSError, ValueError, KeyError) as error:
             warn(f"checkpoint {folder} is damaged ({error}): going back to the one before it")
+    if saved:
+        raise CheckpointError(f"every checkpoint in {_folder(run_dir)} is damaged: put one back, or start a new run")
     return None
 
 
@@ -112,17 +91,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remove(path: Path, *, quietly: bool = False) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=quietly)
-    else:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError:
-            if not quietly:
-                raise
-
-
 def truncate_metrics(path: Path, iteration: int) -> list[Mapping[str, Any]]:
     """Drops lines of iterations that are not in the checkpoint (and a half-written last line); returns the rest."""
     kept: list[Mapping[str, Any]] = []
@@ -135,5 +103,5 @@ def truncate_metrics(path: Path, iteration: int) -> list[Mapping[str, Any]]:
             if row["iteration"] < iteration:
                 kept.append(row)
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_text(path, text)
     return kept

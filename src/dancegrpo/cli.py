@@ -33,6 +33,12 @@ def main() -> None:
     except DanceError as error:
         print(f"dancegrpo: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a disk that is full or closed to us, where nothing nearer said so
+        print(
+            f"dancegrpo: {error.filename or 'a file'}: {error.strerror or error}; free space or check its rights",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def _print(result: dict[str, Any], text: str, as_json: bool) -> None:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from dancegrpo.errors import ConfigError
-from dancegrpo.recipes import apply_override, read_recipe, recipe_names, refuse_interpolation
+from dancegrpo.recipes import apply_override, read_recipe, recipe_names, refuse_interpolation, to_yaml
 from dancegrpo.recipes.messages import explain
 
 
@@ -91,8 +90,8 @@ class PromptsConfig(Frozen):
     """The field that holds the prompt in jsonl, csv, parquet and hub datasets."""
     negative: str = ""
     """Negative prompt for classifier-free guidance, where a prompt brings none of its own."""
-    cache_mb: Count = 0
-    """Bound of the on-disk cache of text conditions, in megabytes; 0 = no cache."""
+    cache_mb: Count = 1000
+    """Bound of the on-disk cache of text conditions under `output`, in megabytes; 0 = no cache."""
 
 
 class TimestepsConfig(Frozen):
@@ -178,8 +177,10 @@ class RewardConfig(Frozen):
 class AdvantageConfig(Frozen):
     """From scores to advantages."""
 
+    normalization: Literal["group", "batch"] = "group"
+    """Over which samples a judge's scores are centred and scaled: each group (the paper), or the whole rollout."""
     estimator: Literal["unbiased", "biased", "none"] = "unbiased"
-    """Standard deviation within the group; `none` = centre only."""
+    """Of the standard deviation; `none` = centre only."""
     eps: NonNegative = 1e-8
     clamp: PositiveFloat | None = 5.0
     """Bound on the absolute value of the summed advantage; None = no bound."""
@@ -246,7 +247,7 @@ class EvaluationConfig(Frozen):
 class CheckpointConfig(Frozen):
     """What is kept to resume from."""
 
-    every: Count = 0
+    every: Count = 10
     """Iterations between checkpoints; 0 = only after the last."""
     keep: Positive = 2
     """The newest checkpoints that are kept."""
@@ -354,8 +355,7 @@ def list_recipes() -> list[RecipeInfo]:
 
 def dump_config(config: RunConfig) -> str:
     """Every setting as YAML; `load_config` of a file with this text equals `config`."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    return text
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def diff_configs(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:

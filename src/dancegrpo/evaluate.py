@@ -2,63 +2,83 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dancegrpo.config import RunConfig
 from dancegrpo.noise import generator, normal
-from dancegrpo.policies.base import Policy
-from dancegrpo.prompts import Prompt, PromptSource
-from dancegrpo.rewards import Judges
+from dancegrpo.policies.base import Condition, Policy
+from dancegrpo.prompts import Prompt, open_prompts
+from dancegrpo.rewards import Judges, Scores
 from dancegrpo.sampling import sample
 
+Encode = Callable[[Sequence[Prompt]], Condition]
 
-def choose(source: PromptSource, count: int, seed: int) -> list[Prompt]:
-    """`count` prompts of the source in its order, the same ones for the same seed; all when there are fewer."""
+
+def held_out(config: RunConfig) -> list[Prompt]:
+    """The held-out prompts of a run: the same ones for the same settings, in the source's order; [] without any."""
+    if not config.prompts.evaluation:
+        return []
+    source = open_prompts(config.prompts.evaluation, column=config.prompts.column, negative=config.prompts.negative)
+    count = config.evaluation.num_prompts or config.evaluation.samples
     if count >= len(source):
-        return [source[index] for index in range(len(source))]
-    picked = torch.randperm(len(source), generator=generator(seed, "held-out"))[:count]
+        return list(source)
+    picked = torch.randperm(len(source), generator=generator(config.evaluation.seed, "held-out"))[:count]
     return [source[index] for index in picked.sort().values.tolist()]
 
 
 @torch.no_grad()
 def pictures(
-    policy: Policy, prompts: Sequence[Prompt], *, seed: int, batch_size: int
+    policy: Policy, prompts: Sequence[Prompt], *, seed: int, batch_size: int, encode: Encode | None = None
 ) -> Iterator[tuple[list[Prompt], Tensor]]:
-    """Draws each prompt once from noise keyed by (seed, its position): yields (prompts, media (B, F, 3, H, W))."""
+    """Draws each prompt once from noise keyed by (seed, its position): yields (prompts, media (B, F, 3, H, W)).
+
+    encode: in place of `policy.encode`, a cached one.
+    """
     for first in range(0, len(prompts), batch_size):
         batch = list(prompts[first : first + batch_size])
-        rows = [(first + offset,) for offset in range(len(batch))]
-        noise = normal(policy.latent_shape, seed, "evaluation", rows)
-        yield batch, policy.decode(sample(policy, policy.encode(batch), noise))
+        noise = normal(policy.latent_shape, seed, "evaluation", [(first + offset,) for offset in range(len(batch))])
+        yield batch, policy.decode(sample(policy, (encode or policy.encode)(batch), noise))
 
 
 def evaluate(
-    policy: Policy, judges: Judges, prompts: Sequence[Prompt], *, seed: int, batch_size: int
+    policy: Policy,
+    judges: Judges,
+    prompts: Sequence[Prompt],
+    *,
+    seed: int,
+    batch_size: int,
+    encode: Encode | None = None,
 ) -> dict[str, Any]:
-    """Scores one picture per prompt with every judge; rows are paired across evaluations of the same prompts and seed.
+    """Scores one picture per prompt with every judge; rows are paired across evaluations of equal "sampling".
 
-    Returns {"seconds", "prompt_ids", "texts", "tasks", "columns": {name: [float]}, "valid": {judge: [bool]}}, one entry
-    per prompt. Columns are the judges' values and, as "judge/extra", what they report beside them.
+    Returns {"seconds", "sampling", "prompt_ids", "texts", "tasks", "columns": {name: [float | None]},
+    "valid": {judge: [bool]}}, one entry per prompt; None where a score is not valid. Columns are the judges' values
+    and, as "judge/extra", what they report beside them.
     """
     started = time.perf_counter()
-    columns: dict[str, list[float]] = defaultdict(list)
-    valid: dict[str, list[bool]] = defaultdict(list)
-    for batch, media in pictures(policy, prompts, seed=seed, batch_size=batch_size):
+    parts: dict[str, list[Scores]] = defaultdict(list)
+    for batch, media in pictures(policy, prompts, seed=seed, batch_size=batch_size, encode=encode):
         for name, scores in judges.score(media, batch).items():
-            columns[name] += scores.values.tolist()
-            valid[name] += scores.valid.tolist()
-            for extra, values in scores.extra.items():
-                columns[f"{name}/{extra}"] += values.tolist()
+            parts[name].append(scores.to("cpu"))
+    verdicts = {name: Scores.cat(scores) for name, scores in parts.items()}
+    columns: dict[str, list[float | None]] = {}
+    for name, scores in verdicts.items():
+        for column, values in {name: scores.values, **{f"{name}/{e}": v for e, v in scores.extra.items()}}.items():
+            pairs = zip(values.tolist(), scores.valid.tolist(), strict=True)
+            columns[column] = [value if known and math.isfinite(value) else None for value, known in pairs]
     return {
         "seconds": time.perf_counter() - started,
+        "sampling": {"seed": seed, "steps": policy.dynamics.num_steps, "latent_shape": list(policy.latent_shape)},
         "prompt_ids": [prompt.id for prompt in prompts],
         "texts": [prompt.text for prompt in prompts],
         "tasks": [prompt.metadata.get("task") for prompt in prompts],
-        "columns": dict(columns),
-        "valid": dict(valid),
+        "columns": columns,
+        "valid": {name: scores.valid.tolist() for name, scores in verdicts.items()},
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import resource
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def reward_metrics(scores: Mapping[str, Scores], advantage: Advantage, group: Te
         "groups/total": len(advantage.silent),
         "groups/zero_spread": int(advantage.silent.sum()),
         "samples/total": len(group),
-        "samples/masked": len(group) - int(torch.stack([s.valid for s in scores.values()]).all(dim=0).sum()),
+        "samples/masked": int((~torch.stack([scores[name].valid for name in advantage.per_judge]).all(dim=0)).sum()),
         "samples/selected": len(selected),
     }
 
@@ -68,7 +69,17 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak of the accelerator's allocator, or of the process's resident memory on the CPU, in MB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def use_threads(count: int) -> int:
+    """Gives torch `count` CPU threads, or one per core this process may use where it is 0; returns how many."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(count or available)
+    return count or available
 
 
 def _mean(values: Tensor) -> float | None:

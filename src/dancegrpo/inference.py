@@ -14,10 +14,11 @@ from dancegrpo import evaluate
 from dancegrpo.checkpoint import Checkpoint, load_latest
 from dancegrpo.config import RunConfig, load_config
 from dancegrpo.errors import CheckpointError, ConfigError
+from dancegrpo.health import use_threads
 from dancegrpo.media import save_image
 from dancegrpo.policies import ModelCard, Policy, load_policy
 from dancegrpo.prompts import Prompt, open_prompts
-from dancegrpo.rewards import Judges, load_reward
+from dancegrpo.rewards import load_judges
 from dancegrpo.run_folder import RunFolder
 from dancegrpo.statistics import Comparison, Summary, compare, summarize
 
@@ -37,9 +38,11 @@ def load_trained(source: str, overrides: Sequence[str] = (), *, ema: bool = True
     path = Path(source)
     if not path.is_dir():
         config = load_config(source, overrides)
+        use_threads(config.threads)
         return Trained(config, load_policy(config.model, config.rollout), None, 0)
     run = RunFolder.open(path)
     config = load_config(run.config_file, overrides)
+    use_threads(config.threads)
     policy = load_policy(config.model, config.rollout)
     warnings: list[str] = []
     checkpoint = load_latest(path, warnings.append)
@@ -65,8 +68,9 @@ def draw(source: str, texts: Sequence[str], *, count: int, seed: int, out: Path)
     if texts:
         prompts = [Prompt(number, text, config.prompts.negative) for number, text in enumerate(texts)]
     else:
-        prompts_source = open_prompts(config.prompts.evaluation or config.prompts.train, column=config.prompts.column)
-        prompts = [prompts_source[index] for index in range(min(4, len(prompts_source)))]
+        source_of = config.prompts.evaluation or config.prompts.train
+        known = open_prompts(source_of, column=config.prompts.column, negative=config.prompts.negative)
+        prompts = [known[index] for index in range(min(4, len(known)))]
     repeated = [prompt for prompt in prompts for _ in range(count)]
     files = [out / f"{index // count:03d}-{index % count:02d}.png" for index in range(len(repeated))]
     media = evaluate.pictures(trained.policy, repeated, seed=seed, batch_size=config.evaluation.batch_size)
@@ -81,19 +85,15 @@ def measure(source: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any],
     config = trained.config
     if not config.evaluation.num_prompts or not config.prompts.evaluation:
         raise ConfigError(f"{source} has no held-out prompts: set prompts.evaluation=FILE and evaluation.num_prompts=N")
-    held_out = open_prompts(config.prompts.evaluation, column=config.prompts.column, negative=config.prompts.negative)
-    prompts = evaluate.choose(held_out, config.evaluation.num_prompts, config.evaluation.seed)
-    judges = Judges(
-        {name: load_reward(name, reward) for name, reward in config.rewards.items()},
-        {name: reward.weight for name, reward in config.rewards.items()},
-    )
+    prompts = evaluate.held_out(config)
+    judges = load_judges(config.rewards).to(trained.policy.device)
     settings = config.evaluation
     record = evaluate.evaluate(trained.policy, judges, prompts, seed=settings.seed, batch_size=settings.batch_size)
     summary, comparison = summarize({"iteration": trained.iteration, **record}), None
     start = trained.run.evaluation_file(0) if trained.run else None
     if start is not None and start.is_file():
         before = json.loads(start.read_text(encoding="utf-8"))
-        if before["prompt_ids"] == record["prompt_ids"]:
+        if all(before.get(key) == record[key] for key in ("sampling", "prompt_ids", "texts")):
             comparison = compare(before, record)
     return _as_json(trained, summary, comparison), _as_table(summary, comparison)
 

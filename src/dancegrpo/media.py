@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from dancegrpo.files import write_atomically
 
 
 def to_uint8(picture: Tensor) -> Tensor:
@@ -20,13 +21,6 @@ def to_uint8(picture: Tensor) -> Tensor:
     if torch.isnan(values).any():
         raise ValueError("the picture holds NaN: values must be numbers in [0, 1].")
     return (values.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def upscale(picture: Tensor, smallest_side: int) -> Tensor:
-    """(3, H, W) -> (3, k*H, k*W): each pixel a k x k block, k the least integer that reaches `smallest_side`."""
-    height, width = picture.shape[-2:]
-    factor = max(1, -(-smallest_side // min(height, width)))
-    return picture.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
 
 
 def grid(pictures: Sequence[Tensor], columns: int, padding: int = 2, background: float = 1.0) -> Tensor:
@@ -60,10 +54,4 @@ def to_image(picture: Tensor) -> Image.Image:
 def save_image(picture: Tensor, path: Path) -> None:
     """Write (3, H, W) in [0, 1] as PNG: the file is there whole, or as it was before. Folders are made."""
     image = to_image(picture)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda partial: image.save(partial, format="PNG"))

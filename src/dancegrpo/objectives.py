@@ -31,14 +31,6 @@ def is_clipped(log_prob: Tensor, old_log_prob: Tensor, clip_range: float) -> Ten
     return (ratio(log_prob, old_log_prob) - 1).abs() > clip_range
 
 
-def clip_fraction(log_prob: Tensor, old_log_prob: Tensor, clip_range: float, weight: Tensor | None = None) -> Tensor:
-    """The share of rows that are clipped, by weight (B,) if given: a scalar; 0 when all weights are 0."""
-    clipped = is_clipped(log_prob, old_log_prob, clip_range).float()
-    if weight is None:
-        return clipped.mean()
-    return (clipped * weight).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
-
-
 def approx_kl(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
     """Estimate of KL(old || new) from the actions alone: ratio - 1 - log ratio >= 0, (B,). Low variance, unbiased."""
     log_ratio = log_prob - old_log_prob

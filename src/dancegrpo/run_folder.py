@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dancegrpo.checkpoint import write_atomically, write_json
 from dancegrpo.config import RunConfig, dump_config, load_config
 from dancegrpo.errors import CheckpointError
+from dancegrpo.files import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,15 @@ class RunFolder:
 
         Raises CheckpointError when it cannot be written or already holds something.
         """
-        path = out or _first_free(Path(config.output) / f"{config.name}-seed{config.seed}")
+        wanted = out or Path(config.output) / f"{config.name}-seed{config.seed}"
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise CheckpointError(
-                    f"{path} is not an empty folder: name another with --out, or go on with --resume {path}"
-                )
-            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(_claim(wanted) if out is not None else _claim_first_free(wanted))
         except OSError as error:
+            reason = error.strerror or error
             raise CheckpointError(
-                f"cannot make the run folder {path}: {error.strerror or error}; choose another with --out"
+                f"cannot make the run folder {wanted}: {reason}; choose another with --out"
             ) from error
-        folder = cls(path)
-        write_atomically(folder.config_file, lambda partial: partial.write_text(dump_config(config), encoding="utf-8"))
+        folder.write_config(config)
         return folder
 
     @classmethod
@@ -62,6 +59,10 @@ class RunFolder:
     def metrics_file(self) -> Path:
         """One JSON object per iteration."""
         return self.path / "metrics.jsonl"
+
+    def write_config(self, config: RunConfig) -> None:
+        """The settings the run goes on with."""
+        write_text(self.config_file, dump_config(config))
 
     def config(self) -> RunConfig:
         """The settings the run was started with."""
@@ -92,10 +93,14 @@ class RunFolder:
         self.write_info(started=started, status="running", machine=machine, derived=dict(derived), **libraries)
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """One line, flushed."""
+        """One line, flushed; a number that is not finite becomes null."""
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in metrics.items()
+        }
         try:
             with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {self.metrics_file}: {error.strerror or error}; free space, then --resume"
@@ -110,8 +115,21 @@ class RunFolder:
         return self.path / "samples" / f"{iteration:06d}"
 
 
-def _first_free(path: Path) -> Path:
+def _claim(path: Path) -> Path:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} is not an empty folder: name another with --out, or go on with --resume {path}")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _claim_first_free(path: Path) -> Path:
+    """Makes path, or path-2, path-3, ...; two runs that start together never get the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
+    while True:
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+        else:
+            return candidate

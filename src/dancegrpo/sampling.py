@@ -124,10 +124,16 @@ def rollout(
     """Samples group_size outputs for each of the P prompts of `condition` with the policy's stochastic sampler.
 
     Groups are contiguous: sample i belongs to group i // group_size. Noise is keyed by (seed, iteration, group, sample,
-    step), so the result does not depend on `config.batch_size` beyond rounding. reduction: of the log-probability over
+    step), so the result does not depend on `config.batch_size` beyond rounding. `sde` and `shift` are the policy's own,
+    fixed by `load_policy`; another `num_steps` than its raises ConfigError. reduction: of the log-probability over
     the latent's elements, `mean` or `sum`.
     """
     num_prompts, size = len(condition), config.group_size
+    if config.num_steps != policy.dynamics.num_steps:
+        raise ConfigError(
+            f"rollout.num_steps={config.num_steps} differs from the policy's {policy.dynamics.num_steps}: "
+            "load the policy with the same rollout settings"
+        )
     plan = step_plan(config, policy.dynamics, num_prompts, seed, iteration)
     start = starting_noise(config, policy.latent_shape, num_prompts, seed, iteration)
     group = torch.arange(num_prompts).repeat_interleave(size)

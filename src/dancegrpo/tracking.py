@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from dancegrpo.config import TrackingConfig
 from dancegrpo.errors import ConfigError
+from dancegrpo.files import write_json
 
 IDENTITY_FILE = "tracking.json"
 """In the run's folder: which tracker run this is, so that a resumed run goes on in it."""
@@ -219,9 +220,7 @@ def _identity(run_dir: Path, backend: str, run_name: str) -> tuple[str, bool]:
     # wandb knows runs by ids (with few characters allowed), trackio by names that people read.
     started = f"{run_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     identities[backend] = uuid.uuid4().hex if backend == "wandb" else started
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(identities, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_json(file, identities)
     return identities[backend], False
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -17,19 +16,20 @@ from rich.console import Console
 
 from dancegrpo import evaluate as measure
 from dancegrpo.algorithms import build_algorithm
-from dancegrpo.checkpoint import Checkpoint, load_latest, save, truncate_metrics, write_json
+from dancegrpo.checkpoint import Checkpoint, load_latest, save, truncate_metrics
 from dancegrpo.config import RewardConfig, RunConfig, diff_configs, load_config
 from dancegrpo.errors import CheckpointError, ConfigError
-from dancegrpo.health import Clock, peak_memory_mb, reward_metrics
+from dancegrpo.files import write_json
+from dancegrpo.health import Clock, peak_memory_mb, reward_metrics, use_threads
 from dancegrpo.media import grid, save_image
 from dancegrpo.policies import Policy, load_policy
 from dancegrpo.policies.cache import CachedEncoder, ConditionCache
 from dancegrpo.progress import Progress
 from dancegrpo.prompts import GroupSampler, Prompt, open_prompts
 from dancegrpo.report import write_report
-from dancegrpo.rewards import FunctionReward, Judges, Reward, load_reward
+from dancegrpo.rewards import IN_PYTHON, FunctionReward, Judges, Reward, load_reward
 from dancegrpo.run_folder import RunFolder
-from dancegrpo.sampling import trained_steps
+from dancegrpo.sampling import step_plan, trained_steps
 from dancegrpo.statistics import summarize
 from dancegrpo.tracking import Tracker, open_tracker
 from dancegrpo.update import Updater
@@ -65,18 +65,23 @@ def train(
 
     Raises a `DanceError` for whatever is the user's to mend.
     """
+    folder = None
     if resume is not None:
+        if out is not None:
+            raise ConfigError(f"--out {out} does not go with --resume: the run goes on in {resume}, leave --out away")
         folder = RunFolder.open(Path(resume))
-        settings = _resumed_config(folder, config, overrides)
+        settings = _resumed_config(folder, config, overrides, rewards)
     elif config is None:
         raise ConfigError("no recipe given: name one (`dancegrpo recipes` lists them), or a run folder to resume")
     else:
         settings = config if isinstance(config, RunConfig) and not overrides else load_config(config, overrides)
         settings = _with_rewards(settings, rewards)
-        folder = None
     judges = {name: _judge(name, r, rewards) for name, r in settings.rewards.items()}
     trainer = Trainer(settings, judges)
-    folder = folder or RunFolder.create(settings, Path(out) if out is not None else None)
+    if folder is None:
+        folder = RunFolder.create(settings, Path(out) if out is not None else None)
+    else:
+        folder.write_config(settings)
     return trainer.fit(folder, resume=resume is not None)
 
 
@@ -85,12 +90,11 @@ class Trainer:
 
     def __init__(self, config: RunConfig, judges: Mapping[str, Reward]) -> None:
         self.config = config
-        self.threads = config.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        torch.set_num_threads(self.threads)
+        self.threads = use_threads(config.threads)
         prompts = config.prompts
         self.prompts = open_prompts(prompts.train, column=prompts.column, negative=prompts.negative)
         self.sampler = GroupSampler(len(self.prompts), prompts.per_iteration, config.seed)
-        self.held_out = self._held_out()
+        self.held_out = measure.held_out(config)
         self.policy: Policy = load_policy(config.model, config.rollout, seed=config.seed)
         cache = (
             ConditionCache(Path(config.output) / ".conditions", prompts.cache_mb * 1_000_000)
@@ -98,20 +102,14 @@ class Trainer:
             else None
         )
         self.encoder = CachedEncoder(self.policy, cache)
-        self.judges = Judges(judges, {name: reward.weight for name, reward in config.rewards.items()})
+        step_plan(config.rollout, self.policy.dynamics, 1, config.seed, 0)  # a plan that cannot be is refused now
+        weights = {name: reward.weight for name, reward in config.rewards.items()}
+        self.judges = Judges(judges, weights).to(self.policy.device)
         self.algorithm = build_algorithm(config)
         if self.algorithm.needs_reference:
             self.policy.keep_reference()
         self.updater = Updater(self.policy, self.algorithm, config)
-
-    def _held_out(self) -> list[Prompt]:
-        config = self.config
-        if not config.prompts.evaluation:
-            return []
-        source = open_prompts(config.prompts.evaluation, column=config.prompts.column, negative=config.prompts.negative)
-        return measure.choose(
-            source, max(config.evaluation.num_prompts, config.evaluation.samples), config.evaluation.seed
-        )
+        self._warned = False
 
     def fit(self, folder: RunFolder, *, resume: bool = False) -> RunResult:
         """Runs to `config.iterations`, leaving checkpoints, evaluations, samples and the report in the folder."""
@@ -139,20 +137,19 @@ class Trainer:
     ) -> int:
         """Iterations `start` to the last; returns how many are done. A request to stop is heard after each."""
         config, done = self.config, start
-        if start == 0:
-            self._evaluate(folder, 0, progress)
+        self._evaluate_if_due(folder, done, progress, tracker)
         while done < config.iterations and not stopped.is_set():
             metrics = self.iterate(done)
             folder.append_metrics(metrics)
             tracker.log(metrics, done)
             progress.iteration(metrics)
+            self._warn_of_rounding(metrics, progress)
             done += 1
-            last = done == config.iterations or stopped.is_set()
-            if last or _due(config.evaluation.every, done):
-                self._evaluate(folder, done, progress)
-                tracker.log_images("samples", sorted(folder.samples_folder(done).glob("grid.png")), done - 1)
-            if last or _due(config.checkpoint.every, done):
+            if stopped.is_set() or done == config.iterations or _due(config.checkpoint.every, done):
+                # Before the evaluation: whoever asks to stop may not wait for it, and a resumed run makes it up.
                 self._save(folder, done)
+            if not stopped.is_set():
+                self._evaluate_if_due(folder, done, progress, tracker)
         return done
 
     def iterate(self, iteration: int) -> dict[str, Any]:
@@ -167,8 +164,10 @@ class Trainer:
             media = torch.cat([policy.decode(x0) for x0 in trajectory.x0.split(config.rollout.batch_size)])
         group = trajectory.group.cpu()
         with clock("reward"):
-            scores = self.judges.score(media, [prompts[index] for index in group.tolist()])
+            judged = self.judges.score(media, [prompts[index] for index in group.tolist()])
+            scores = {name: verdict.to("cpu") for name, verdict in judged.items()}
             self.judges.require_valid(scores)
+        del media
         with clock("update"):
             advantage = self.algorithm.advantage(scores, group)
             metrics = self.updater.update(trajectory, advantage)
@@ -227,32 +226,48 @@ class Trainer:
         """The weights that are measured and exported: the moving average where one is kept."""
         return nullcontext() if self.updater.ema is None else self.policy.use_weights(self.updater.ema)
 
-    def _evaluate(self, folder: RunFolder, done: int, progress: Progress) -> None:
-        config, count = self.config.evaluation, self.config.evaluation.num_prompts
-        shown = (self.held_out or [self.prompts[i] for i in range(min(len(self.prompts), config.samples))])[
-            : config.samples
-        ]
+    def _evaluate_if_due(self, folder: RunFolder, done: int, progress: Progress, tracker: Tracker) -> None:
+        """Measures and draws before the first iteration, after the last, and every `evaluation.every` between."""
+        config, last = self.config.evaluation, self.config.iterations
+        if done not in (0, last) and not _due(config.every, done):
+            return
         with self._weights():
-            if shown:
-                self._draw_samples(folder, done, shown)
-            if not count:
+            shown = self.held_out or [self.prompts[i] for i in range(min(len(self.prompts), config.samples))]
+            if config.samples and not (folder.samples_folder(done) / "grid.png").is_file():
+                self._draw_samples(folder, done, shown[: config.samples])
+                tracker.log_images("samples", [folder.samples_folder(done) / "grid.png"], done)
+            if not config.num_prompts or folder.evaluation_file(done).is_file():
                 return
+            size, encode = config.batch_size, self.encoder.encode
             record = measure.evaluate(
-                self.policy, self.judges, self.held_out[:count], seed=config.seed, batch_size=config.batch_size
+                self.policy, self.judges, self.held_out, seed=config.seed, batch_size=size, encode=encode
             )
         record = {"iteration": done, "weights": "current" if self.updater.ema is None else "ema", **record}
         write_json(folder.evaluation_file(done), record)
-        progress.evaluation(summarize(record))
+        summary = summarize(record)
+        progress.evaluation(summary)
+        tracker.log({f"evaluation/{column}": mean for column, mean in summary.means.items()}, done)
 
     def _draw_samples(self, folder: RunFolder, done: int, prompts: list[Prompt]) -> None:
-        config, target = self.config.evaluation, folder.samples_folder(done)
-        drawn = measure.pictures(self.policy, prompts, seed=config.seed, batch_size=config.batch_size)
+        config, target, encode = self.config.evaluation, folder.samples_folder(done), self.encoder.encode
+        size = config.batch_size
+        drawn = measure.pictures(self.policy, prompts, seed=config.seed, batch_size=size, encode=encode)
         frames = [sample[0] for _, media in drawn for sample in media]
         for number, frame in enumerate(frames):
             save_image(frame, target / f"{number}.png")
         save_image(grid(frames, columns=min(6, len(frames))), target / "grid.png")
         labels = [{"text": prompt.text, "task": prompt.metadata.get("task")} for prompt in prompts]
         write_json(folder.path / "samples" / "prompts.json", labels)
+
+    def _warn_of_rounding(self, metrics: Mapping[str, Any], progress: Progress) -> None:
+        """Says once that sampling and training round differently by more than the clip range bears."""
+        found, bound = metrics["train/replay_difference"], self.config.algorithm.clip_range / 10
+        if found is not None and found > bound and not self._warned:
+            self._warned = True
+            progress.message(
+                f"warning: log-probs of rollout and training differ by {found:.2g}, more than a tenth of "
+                f"algorithm.clip_range={self.config.algorithm.clip_range}: later updates of a rollout recompute them"
+            )
 
     def _save(self, folder: RunFolder, done: int) -> None:
         seconds = time.perf_counter() - self._epoch
@@ -290,40 +305,39 @@ def _stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _resumed_config(folder: RunFolder, config: RunConfig | str | Path | None, overrides: Sequence[str]) -> RunConfig:
+def _resumed_config(
+    folder: RunFolder,
+    config: RunConfig | str | Path | None,
+    overrides: Sequence[str],
+    rewards: Mapping[str, Any] | None,
+) -> RunConfig:
     """The run's own settings with the changes asked for. Raises CheckpointError naming those that may not change."""
     held = folder.config()
     if config is None:
         wanted = load_config(folder.config_file, overrides)
     else:
         wanted = config if isinstance(config, RunConfig) and not overrides else load_config(config, overrides)
+    wanted = _with_rewards(wanted, rewards)
     changed = {key: pair for key, pair in diff_configs(held, wanted).items() if not key.startswith(MAY_CHANGE)}
     if changed:
         listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in sorted(changed.items()))
-        raise CheckpointError(
-            f"{folder.path} was started with other settings: {listed}; resume without them, or start a new run"
-        )
+        rule = "resume without them, or start a new run"
+        raise CheckpointError(f"{folder.path} was started with other settings: {listed}; {rule}")
     return wanted
 
 
 def _with_rewards(config: RunConfig, rewards: Mapping[str, Any] | None) -> RunConfig:
     if not rewards:
         return config
-    named = {
-        name: RewardConfig(judge=f"python:{getattr(judge, '__qualname__', type(judge).__name__)}")
-        for name, judge in rewards.items()
-    }
-    return config.model_copy(update={"rewards": named})
+    called = {name: getattr(judge, "__qualname__", type(judge).__name__) for name, judge in rewards.items()}
+    named = {name: {"judge": f"{IN_PYTHON}{word}"} for name, word in called.items()}
+    return load_config(config.model_dump() | {"rewards": named})
 
 
 def _judge(name: str, config: RewardConfig, given: Mapping[str, Any] | None) -> Reward:
     if given and name in given:
         judge = given[name]
         return judge if isinstance(judge, Reward) else FunctionReward(judge, name)
-    if config.judge.startswith("python:"):
-        raise ConfigError(
-            f"judge {name} ({config.judge}) lives in Python: resume with train(resume=..., rewards={{{name!r}: ...}})"
-        )
     return load_reward(name, config)
 
 

@@ -93,7 +93,7 @@ class Updater:
         parts = work_list(advantage, group, steps, config.updates_per_rollout, all_pairs=all_pairs)
         old_log_prob, moved = trajectory.log_prob, False
         statistics: dict[str, list[Tensor]] = defaultdict(list)
-        losses, norms, skipped = [], [], 0
+        losses, norms, skipped, rate = [], [], 0, self._learning_rate()
         for index, part in enumerate(parts):
             if not len(part.sample):
                 continue
@@ -115,7 +115,7 @@ class Updater:
             "train/grad_norm": sum(finite) / len(finite) if finite else None,
             "train/updates": len(norms) - skipped,
             "train/skipped_updates": skipped,
-            "train/learning_rate": self._learning_rate(),
+            "train/learning_rate": rate,
             "train/weight_change": self.weight_change(),
             "pairs/trained": pairs,
             "pairs/skipped_zero_advantage": int((advantage.weight > 0).sum()) * steps - pairs,
@@ -138,17 +138,17 @@ class Updater:
             loss = loss.sum() * part.scale
             loss.backward()
             total += loss.detach()
-            replay = told["log_prob"] - trajectory.log_prob[sample, slot] if old_log_prob is None else None
             for name, value in told.items():
                 statistics[name].append(value)
-            if replay is not None:
-                statistics["replay"].append(replay.abs())
-            statistics["first" if old_log_prob is None else "later"].append(told["ratio"])
+            if old_log_prob is None:
+                statistics["first"].append(told["ratio"])
+                statistics["replay"].append((told["log_prob"] - trajectory.log_prob[sample, slot]).abs())
         return total
 
     def _replay_difference(self, statistics: dict[str, list[Tensor]]) -> float:
         largest = float(torch.cat(statistics["replay"]).max())
-        if not largest <= REPLAY_LIMIT:
+        elements = 1 if self.config.algorithm.log_prob_reduction == "mean" else math.prod(self.policy.latent_shape)
+        if not largest / elements <= REPLAY_LIMIT:
             raise ModelError(
                 f"the training forward misses the rollout's log-probs by {largest:.3g} (at most {REPLAY_LIMIT} is "
                 "rounding): the schedule or dropout differs between sampling and training, or weights are not finite"
@@ -195,7 +195,15 @@ class Updater:
 
     def _metrics(self, statistics: dict[str, list[Tensor]]) -> dict[str, float | None]:
         if not statistics:
-            names = ("ratio_mean", "ratio_first", "ratio_max_deviation", "clip_fraction", "kl", "replay_difference")
+            names = (
+                "ratio_mean",
+                "ratio_first",
+                "ratio_max_deviation",
+                "clip_fraction",
+                "approx_kl",
+                "kl",
+                "replay_difference",
+            )
             return {f"train/{name}": None for name in names}
         joined = {name: torch.cat(values).double() for name, values in statistics.items()}
         return {
@@ -203,6 +211,7 @@ class Updater:
             "train/ratio_first": float(joined["first"].mean()),
             "train/ratio_max_deviation": float((joined["ratio"] - 1).abs().max()),
             "train/clip_fraction": float(joined["clipped"].mean()),
+            "train/approx_kl": float(joined["approx_kl"].mean()),
             "train/kl": float(joined["kl"].mean()) if "kl" in joined else None,
             "train/replay_difference": float(joined["replay"].max()),
         }
@@ -223,8 +232,9 @@ class Updater:
         for name, parameter in self.parameters.items():
             parameter.copy_(state["weights"][name])
             if name in state["step"]:
-                kinds = ("exp_avg", "exp_avg_sq", "step")
-                self.optimizer.state[parameter] = {kind: state[kind][name].to(parameter.device) for kind in kinds}
+                kinds = ("exp_avg", "exp_avg_sq", "step")  # copied: loaded tensors lie unaligned in a mapped file
+                held = {kind: state[kind][name].to(parameter.device, copy=True) for kind in kinds}
+                self.optimizer.state[parameter] = held
             if self.ema is not None:
                 self.ema[name].copy_(state["ema"][name])
         self.num_updates = num_updates

@@ -18,8 +18,8 @@ class Advantage:
     """What the scores of a rollout say of its B samples.
 
     value: (B,) float32, summed over judges. weight: (B,), 1 = in the loss's denominator, 0 = masked or left out by
-    best-of-N. per_judge: each judge's own normalised advantage. spread: (judges' names) -> (groups,) max - min.
-    silent: (P,) bool, groups in which every sample's advantage is 0.
+    best-of-N. per_judge: each judge's own normalised advantage. silent: (P,) bool, groups with samples to train on
+    whose advantages are all 0.
     """
 
     value: Tensor

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dancegrpo.advantages import best_of_n, combine, group_advantage
+from dancegrpo.advantages import batch_advantage, best_of_n, combine, group_advantage
 from dancegrpo.algorithms.base import Advantage, Pairs
 from dancegrpo.config import RunConfig
-from dancegrpo.objectives import clipped_surrogate
+from dancegrpo.objectives import approx_kl, clipped_surrogate, is_clipped, ratio
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.rewards.base import Scores
 from dancegrpo.sampling import Trajectory, rollout
@@ -39,20 +39,20 @@ class GRPO:
         config, weights = self.config.advantage, {n: r.weight for n, r in self.config.rewards.items() if r.weight}
         valid = torch.stack([scores[name].valid for name in weights]).all(dim=0)
         per_judge, weight = {}, valid.float()
+        settings = {"estimator": config.estimator, "eps": config.eps, "min_spread": config.min_spread}
         for name in weights:
-            per_judge[name], weight, _ = group_advantage(
-                scores[name].values,
-                valid,
-                group,
-                estimator=config.estimator,
-                eps=config.eps,
-                min_spread=config.min_spread,
-            )
+            values = scores[name].values
+            if config.normalization == "group":
+                per_judge[name], weight, _ = group_advantage(values, valid, group, **settings)
+            else:
+                per_judge[name], weight, _ = batch_advantage(values, valid, **settings)
         value = combine(per_judge, weights, config.clamp)
         if config.keep is not None:
             weight = best_of_n(value, weight, group, config.keep)
-        signal = torch.zeros(int(group.max()) + 1).index_add_(0, group, ((value != 0) & (weight > 0)).float())
-        return Advantage(value, weight, per_judge, silent=signal == 0)
+        groups = int(group.max()) + 1
+        selected = torch.zeros(groups).index_add_(0, group, (weight > 0).float())
+        signal = torch.zeros(groups).index_add_(0, group, ((value != 0) & (weight > 0)).float())
+        return Advantage(value, weight, per_judge, silent=(signal == 0) & (selected > 0))
 
     def log_prob(self, policy: Policy, pairs: Pairs) -> Tensor:
         """Log-probability of the transitions taken, under the current policy."""
@@ -67,11 +67,12 @@ class GRPO:
         # On-policy the old log-prob is this very number, so the ratio is exactly 1 whatever the batch size rounds to.
         old = log_prob.detach() if pairs.old_log_prob is None else pairs.old_log_prob
         loss = clipped_surrogate(log_prob, old, pairs.advantage, config.clip_range)
-        ratio = (log_prob - old).exp().detach()
+        taken = log_prob.detach()
         statistics = {
-            "log_prob": log_prob.detach(),
-            "ratio": ratio,
-            "clipped": ((ratio - 1).abs() > config.clip_range).float(),
+            "log_prob": taken,
+            "ratio": ratio(taken, old),
+            "approx_kl": approx_kl(taken, old),
+            "clipped": is_clipped(taken, old, config.clip_range).float(),
         }
         if config.kl_weight > 0:
             with torch.no_grad(), policy.reference():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from dancegrpo.errors import CheckpointError
+from dancegrpo.files import write_atomically
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.prompts import Prompt
 
@@ -55,12 +56,9 @@ class ConditionCache:
             return
         file = self._file(key)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             before = file.stat().st_size if file.exists() else 0
-            with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-                part.write(data)
-            Path(part.name).replace(file)
-        except OSError:
+            write_atomically(file, lambda partial: partial.write_bytes(data))
+        except (OSError, CheckpointError):  # a cache that cannot be written is only slower
             return
         self._bytes += len(data) - before
         if self._bytes > self.max_bytes:

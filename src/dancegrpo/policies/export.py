@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from dancegrpo.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -83,30 +77,3 @@ def _example(card: ModelCard, usage: Usage, *, shipped: bool, lora: bool) -> lis
         lines += [f"pipe.scheduler = {usage.scheduler}{usage.construct}"]
     arguments = ", ".join(f"{name}={value}" for name, value in usage.arguments.items())
     return [*lines, f'image = pipe("a prompt", {arguments}).images[0]']
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary sibling to write into; renames it to `folder` at the end, removes it on any failure.
-
-    Raises CheckpointError if `folder` exists and is not empty, or cannot be written.
-    """
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(f"{folder} exists and is not empty: name a new folder, or remove this one first.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {folder}: {error.strerror or error}; name a folder you can write."
-        ) from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.rename(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {folder}: {error.strerror or error}; free space or name another."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -76,7 +76,7 @@ def _check_files(folder: Path, index: dict[str, Any], components: tuple[str, ...
         if not part.is_dir():
             raise ModelError(f"{part} is missing: the model is incomplete, copy or download it again.")
         for shards in part.glob("*.index.json"):
-            for file in sorted(set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())):
+            for file in _shards(shards):
                 if not (part / file).is_file():
                     raise ModelError(f"{part / file} is missing: the model is incomplete, copy or download it again.")
         weights = [*part.glob("*.safetensors"), *part.glob("*.bin")]
@@ -85,6 +85,13 @@ def _check_files(folder: Path, index: dict[str, Any], components: tuple[str, ...
         for file in weights:
             if file.suffix == ".safetensors" and not _is_whole(file):
                 raise ModelError(f"{file} is truncated or damaged: copy or download it again.")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged: copy or download the model again.") from error
 
 
 def _is_whole(file: Path) -> bool:

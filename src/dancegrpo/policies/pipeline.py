@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from dancegrpo.config import ModelConfig, RolloutConfig
-from dancegrpo.errors import ConfigError
+from dancegrpo.errors import CheckpointError, ConfigError
+from dancegrpo.files import write_atomically
 from dancegrpo.noise import key
 from dancegrpo.policies.base import Condition, Policy
-from dancegrpo.policies.export import ModelCard, Usage, atomic_folder, card_text
+from dancegrpo.policies.export import ModelCard, Usage, card_text
 from dancegrpo.prompts import Prompt
 from dancegrpo.sde import Dynamics
 
@@ -67,6 +68,10 @@ class PipelinePolicy(Policy):
         self._active, self._reference = self.module, None
         self._check(model, rollout)
         self.dynamics = self._dynamics(rollout).to(self.device)
+        if self.dynamics.sde in ("ddim", "cps") and max(rollout.noise_levels()) > 1:
+            raise ConfigError(
+                f"rollout.noise_level={rollout.noise_level} is more noise than {self.dynamics.sde} has: use 0 to 1"
+            )
 
     @abstractmethod
     def _check(self, model: ModelConfig, rollout: RolloutConfig) -> None:
@@ -193,13 +198,19 @@ class PipelinePolicy(Policy):
 
     def export(self, folder: Path, card: ModelCard) -> None:
         """See `Policy.export`."""
-        with atomic_folder(Path(folder)) as temporary:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder} exists and is not empty: name a new folder, or remove this one first")
+        text = card_text(card, self._usage(), lora=self.model.lora is not None)
+
+        def write(partial: Path) -> None:
+            partial.mkdir()
             if self.model.lora is None:
-                self.pipeline.save_pretrained(temporary)
+                self.pipeline.save_pretrained(partial)
             else:
-                self._save_adapters(temporary)
-            text = card_text(card, self._usage(), lora=self.model.lora is not None)
-            (temporary / "README.md").write_text(text, encoding="utf-8")
+                self._save_adapters(partial)
+            (partial / "README.md").write_text(text, encoding="utf-8")
+
+        write_atomically(folder, write)
 
     def _save_adapters(self, folder: Path) -> None:
         from peft import get_peft_model_state_dict

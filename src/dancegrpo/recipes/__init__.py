@@ -42,6 +42,24 @@ def merge(base: Any, top: Any) -> Any:
     return list(top) if isinstance(top, (list, tuple)) else top
 
 
+def to_yaml(data: Mapping[str, Any]) -> str:
+    """Plain data as YAML that `read_recipe` reads back equal."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that PyYAML leaves bare though it is read back as a number (1e5, as a revision may be) or a break."""
+
+
+def _represent_text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    bare = re.fullmatch(r"(?![-+.\d])[^\x85\u2028\u2029\ufeff]*", value)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if bare else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def apply_override(data: Mapping[str, Any], override: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """`data` with one `dotted.key=value` put in: the value is YAML, mappings merge, a number in the key is an item.
 

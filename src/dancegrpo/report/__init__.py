@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dancegrpo.errors import CheckpointError
+from dancegrpo.files import write_text
 from dancegrpo.progress import duration
 from dancegrpo.report.curves import (
     PHASES,
@@ -48,14 +47,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run = read_run(Path(run_dir))
     target = run.path / FILE_NAME
-    temporary = run.path / f".{FILE_NAME}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(render(run), encoding="utf-8", newline="\n")
-        temporary.replace(target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise CheckpointError(f"{target} cannot be written ({reason}): free space, or change its rights.") from error
+    write_text(target, render(run))
     return target
 
 

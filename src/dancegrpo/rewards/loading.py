@@ -18,9 +18,13 @@ from dancegrpo.rewards.panel import Judges
 
 SHIPPED = {
     "hps": "dancegrpo.rewards.hps:HPSReward",
-    "shapes": "dancegrpo.shapes.reward:ShapesReward",
+    "shapes": "dancegrpo.rewards.shapes:ShapesReward",
 }
 """The judges that come with the package: name -> where the class lives."""
+
+
+IN_PYTHON = "python:"
+"""Begins the `judge` of one that was handed over as a Python object: a config names it but cannot load it."""
 
 
 def load_judges(configs: Mapping[str, RewardConfig]) -> Judges:
@@ -37,6 +41,11 @@ def load_reward(name: str, config: RewardConfig) -> Reward:
     `FunctionReward`: its options become keyword arguments, but for `batch_size`, which bounds the images per call.
     Raises RewardError for an unknown judge, a failing import, a missing or unknown option.
     """
+    if config.judge.startswith(IN_PYTHON):
+        raise RewardError(
+            f"judge {name!r} ({config.judge.removeprefix(IN_PYTHON)}) was given in Python and has no name to load: "
+            f"call dancegrpo.train(resume=..., rewards={{{name!r}: ...}})."
+        )
     options = dict(config.options)
     target = _resolve(config.judge)
     if inspect.isclass(target):

@@ -1,0 +1,51 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from dancegrpo.errors import CheckpointError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary sibling (a file or folder it makes), then renames it to `path`.
+
+    Parents are made; an existing `path` is replaced. Raises CheckpointError naming the path when the disk refuses.
+    """
+    from safetensors import SafetensorError  # how safetensors reports a full disk; it is no OSError
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+        write(partial)
+        if path.is_dir():
+            remove(path)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"cannot write {path}: {reason}; free space or name another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON atomically. Numbers that are not finite have no place in JSON: ValueError."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False))
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

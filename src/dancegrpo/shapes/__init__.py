@@ -1,0 +1,27 @@
+"""The miniature world: captioned drawings, a judge that is never wrong about them, and two base pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PIPELINES = ("shapes-flux", "shapes-sd")
+"""Names of the diffusers pipelines that ship inside the package."""
+
+
+def base_path(name: str) -> Path:
+    """The folder of a shipped pipeline, ready for `DiffusionPipeline.from_pretrained`.
+
+    Raises ModelError when the name is unknown or the folder is missing from the installation.
+    """
+    from importlib.resources import files
+
+    from dancegrpo.errors import ModelError
+
+    if name not in PIPELINES:
+        raise ModelError(f"unknown built-in pipeline {name!r}: choose one of {', '.join(PIPELINES)}.")
+    folder = Path(str(files(__package__))) / "weights" / name
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"{folder} holds no pipeline: reinstall, or rebuild it with `python -m dancegrpo.shapes.build`."
+        )
+    return folder
