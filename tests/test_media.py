@@ -10,6 +10,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from dancegrpo.errors import CheckpointError
 from dancegrpo.media import grid, save_image, to_uint8
 
 
@@ -40,7 +41,7 @@ def test_a_failed_write_keeps_the_old_picture(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"):
         save_image(torch.ones(3, 4, 4), path)
     assert path.read_bytes() == old
     assert [file.name for file in tmp_path.iterdir()] == ["0.png"]

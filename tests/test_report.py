@@ -295,7 +295,7 @@ def test_no_run_is_refused(tmp_path: Path) -> None:
 def test_a_report_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = PLAIN.write(tmp_path)
     (folder / "report.html").mkdir()
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="cannot write"):
         write_report(folder)
     assert not list(folder.glob(".report*"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from dancegrpo.errors import CheckpointError
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary sibling (a file or folder it makes), then renames it to `path`.
 
-    Parents are made; an existing `path` is replaced. Raises CheckpointError naming the path when the disk refuses.
+    Parents are made; an existing `path` of the same kind is replaced. Raises CheckpointError naming the path when the disk refuses.
     """
     from safetensors import SafetensorError  # how safetensors reports a full disk; it is no OSError
 
@@ -23,14 +24,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(partial)
         write(partial)
-        if path.is_dir():
+        if path.is_dir() and partial.is_dir():
             remove(path)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CheckpointError(f"cannot write {path}: {reason}; free space or name another folder") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error under way, if any, is the one to tell
+            remove(partial)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,7 +20,8 @@ class Clock:
     """Seconds per phase, with the accelerator's queue drained at each boundary."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.started = device, {}, time.perf_counter()
+        self.device, self.started = device, time.perf_counter()
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

@@ -290,7 +290,8 @@ class Trainer:
 @contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
     """Ctrl-C and SIGTERM finish the iteration and save; a second Ctrl-C interrupts at once."""
-    stopped, previous = threading.Event(), {}
+    stopped = threading.Event()
+    previous: dict[int, Any] = {}
 
     def request(number: int, _: object) -> None:
         stopped.set()

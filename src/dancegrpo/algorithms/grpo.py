@@ -39,7 +39,7 @@ class GRPO:
         config, weights = self.config.advantage, {n: r.weight for n, r in self.config.rewards.items() if r.weight}
         valid = torch.stack([scores[name].valid for name in weights]).all(dim=0)
         per_judge, weight = {}, valid.float()
-        settings = {"estimator": config.estimator, "eps": config.eps, "min_spread": config.min_spread}
+        settings: Any = {"estimator": config.estimator, "eps": config.eps, "min_spread": config.min_spread}
         for name in weights:
             values = scores[name].values
             if config.normalization == "group":

@@ -50,8 +50,8 @@ class Policy(ABC):
 
     pipeline: Any
     """The diffusers pipeline; its frozen parts are used as they are."""
-    module: torch.nn.Module
-    """The denoiser that is trained."""
+    module: Any
+    """The denoiser that is trained, a `torch.nn.Module`."""
     dynamics: Dynamics
     """Schedule and stochastic transitions at the run's resolution and number of steps."""
     latent_shape: tuple[int, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Usage:
     """Class of the scheduler to set; empty where the pipeline's own is the right one."""
     construct: str
     """What follows the class's name to make one: `(shift=3.0)`."""
-    arguments: dict[str, int | float]
+    arguments: Mapping[str, float]
     """Keyword arguments of the pipeline call."""
 
 

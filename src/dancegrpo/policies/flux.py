@@ -119,6 +119,10 @@ class FluxPolicy(PipelinePolicy):
     def _usage(self) -> Usage:
         model, own = self.model, self._shift is None
         scheduler = ("", "") if own else ("FlowMatchEulerDiscreteScheduler", f"(shift={self._shift})")
-        arguments = {"height": model.height, "width": model.width, "num_inference_steps": self.dynamics.num_steps}
+        arguments: dict[str, float] = {
+            "height": model.height,
+            "width": model.width,
+            "num_inference_steps": self.dynamics.num_steps,
+        }
         arguments |= {"guidance_scale": model.guidance_scale, "max_sequence_length": self.max_sequence_length}
         return Usage(*scheduler, arguments)

@@ -76,9 +76,9 @@ def _check_files(folder: Path, index: dict[str, Any], components: tuple[str, ...
         if not part.is_dir():
             raise ModelError(f"{part} is missing: the model is incomplete, copy or download it again.")
         for shards in part.glob("*.index.json"):
-            for file in _shards(shards):
-                if not (part / file).is_file():
-                    raise ModelError(f"{part / file} is missing: the model is incomplete, copy or download it again.")
+            for shard in _shards(shards):
+                if not (part / shard).is_file():
+                    raise ModelError(f"{part / shard} is missing: the model is incomplete, copy or download it again.")
         weights = [*part.glob("*.safetensors"), *part.glob("*.bin")]
         if name in components and not weights:
             raise ModelError(f"{part} has no weights (*.safetensors): the model is incomplete, download it again.")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dancegrpo.config import LoraConfig as LoraSettings
 from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.files import write_atomically
@@ -30,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def resolve_device(name: str) -> torch.device:
     """`auto` is the accelerator where there is one, else the CPU. Raises ConfigError for a device that is not there."""
     if name == "auto":
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch's two ways of saying that a device does not exist
@@ -54,7 +55,7 @@ class PipelinePolicy(Policy):
         """pipeline: as `from_pretrained` gave it, from `folder`. seed: of the adapters' starting weights."""
         self.pipeline, self.folder, self.model = pipeline, folder, model
         self.device, self.dtype = resolve_device(model.device), DTYPES[model.dtype]
-        self.module = getattr(pipeline, self.denoiser)
+        self.module: Any = getattr(pipeline, self.denoiser)
         self._freeze()
         if model.lora is None:
             self.module.requires_grad_(True)
@@ -65,7 +66,8 @@ class PipelinePolicy(Policy):
         pipeline.set_progress_bar_config(disable=True)
         for part in self._networks():
             part.to(self.device)
-        self._active, self._reference = self.module, None
+        self._active: Any = self.module
+        self._reference: Any = None
         self._check(model, rollout)
         self.dynamics = self._dynamics(rollout).to(self.device)
         if self.dynamics.sde in ("ddim", "cps") and max(rollout.noise_levels()) > 1:
@@ -102,7 +104,7 @@ class PipelinePolicy(Policy):
     def _add_adapters(self, seed: int) -> None:
         from peft import LoraConfig
 
-        lora = self.model.lora
+        lora = self.model.lora or LoraSettings()
         config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "lora"))
@@ -216,7 +218,8 @@ class PipelinePolicy(Policy):
         from peft import get_peft_model_state_dict
 
         # alpha / rank is folded into B: readers that find no alpha take it to equal the rank, and none misreads this.
-        scale = self.model.lora.alpha / self.model.lora.rank
+        lora = self.model.lora or LoraSettings()
+        scale = lora.alpha / lora.rank
         state = get_peft_model_state_dict(self.module)
         layers = {n: (w * scale if "lora_B" in n else w).detach().contiguous() for n, w in state.items()}
         self.pipeline.save_lora_weights(folder, **{f"{self.denoiser}_lora_layers": layers})

@@ -27,6 +27,7 @@ class StableDiffusionPolicy(PipelinePolicy):
     denoiser: ClassVar[str] = "unet"
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    dynamics: DiffusionDynamics
 
     @property
     def guided(self) -> bool:
@@ -103,6 +104,6 @@ class StableDiffusionPolicy(PipelinePolicy):
 
     def _usage(self) -> Usage:
         model, steps = self.model, self.dynamics.num_steps
-        arguments = {"height": model.height, "width": model.width, "num_inference_steps": steps}
+        arguments: dict[str, float] = {"height": model.height, "width": model.width, "num_inference_steps": steps}
         arguments |= {"guidance_scale": model.guidance_scale}
         return Usage("DDIMScheduler", ".from_config(pipe.scheduler.config, clip_sample=False)", arguments)

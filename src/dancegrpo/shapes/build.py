@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, multiprocessing
@@ -128,7 +129,7 @@ def train_pipeline(
     save(pipeline, settings.out / name, card(name, pipeline, rates, step, settings))
 
 
-def _until_target(name: str, pipeline, progress: Iterator[Progress], steps: int, settings: Settings) -> int:
+def _until_target(name: str, pipeline: Any, progress: Iterator[Progress], steps: int, settings: Settings) -> int:
     """Advance the training until the target is met, leaving the averaged weights in place. Returns the steps taken."""
     started = time.monotonic()
     state: Progress | None = None
@@ -145,7 +146,7 @@ def _until_target(name: str, pipeline, progress: Iterator[Progress], steps: int,
     raise ValueError("steps must be at least 1")
 
 
-def save(pipeline, folder: Path, readme: str) -> None:
+def save(pipeline: Any, folder: Path, readme: str) -> None:
     """Write a pipeline folder beside its place, then move it there, so that no reader meets half of one."""
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -155,7 +156,7 @@ def save(pipeline, folder: Path, readme: str) -> None:
     fresh.rename(folder)
 
 
-def card(name: str, pipeline, rates: dict[str, float], step: int, settings: Settings) -> str:
+def card(name: str, pipeline: Any, rates: dict[str, float], step: int, settings: Settings) -> str:
     """The model card: what it is, how to call it, how it was made, how good it is."""
     arguments = {"height": 64, "width": 64} | deployment(pipeline)
     call = ", ".join(f"{key}={value}" for key, value in arguments.items())

@@ -182,8 +182,8 @@ def attributes(scene: Scene) -> tuple[int, ...]:
     return (
         SHAPES.index(first.shape),
         _number(COLORS, first.color),
-        _number(SHAPES, second and second.shape),
-        _number(COLORS, second and second.color),
+        _number(SHAPES, second.shape if second else None),
+        _number(COLORS, second.color if second else None),
         len(scene.entities) - 1,
         _number(RELATIONS, scene.relation),
         _number(BACKGROUNDS, scene.background),
@@ -194,7 +194,7 @@ def _number(names: Iterable[str], name: str | None) -> int:
     return 0 if name is None else list(names).index(name) + 1
 
 
-def train_text(tokenizer, encoder: nn.Module, *, steps: int, seed: int) -> float:
+def train_text(tokenizer: Any, encoder: Any, *, steps: int, seed: int) -> float:
     """Teach an encoder to read: linear heads on its tokens must recover every attribute. Returns their accuracy.
 
     Real pipelines, too, come with encoders that were trained on other tasks before; without this, minutes of training
@@ -355,7 +355,7 @@ def _distinct(captions: Sequence[str]) -> tuple[list[str], Tensor]:
     return distinct, torch.tensor([position[caption] for caption in captions])
 
 
-def _tokens(tokenizer, captions: list[str]) -> Tensor:
+def _tokens(tokenizer: Any, captions: list[str]) -> Tensor:
     """(N, 16) ids, padded and cut as the pipelines do it."""
     return tokenizer(
         captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
