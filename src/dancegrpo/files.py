@@ -15,7 +15,8 @@ from dancegrpo.errors import CheckpointError
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary sibling (a file or folder it makes), then renames it to `path`.
 
-    Parents are made; an existing `path` of the same kind is replaced. Raises CheckpointError naming the path when the disk refuses.
+    Parents are made; an existing `path` of the same kind is replaced. Raises CheckpointError naming the path when the
+    disk refuses.
     """
     from safetensors import SafetensorError  # how safetensors reports a full disk; it is no OSError
 
