@@ -81,7 +81,7 @@ def test_published_adapters_sit_on_attention() -> None:
     assert set(lora.target_modules) == {"to_q", "to_k", "to_v", "to_out.0"}
 
 
-@pytest.mark.parametrize(("name", "steps", "guidance"), [("shapes-flux", 6, 3.5), ("shapes-sd", 10, 3.0)])
+@pytest.mark.parametrize(("name", "steps", "guidance"), [("shapes-flux", 6, 1.5), ("shapes-sd", 8, 1.5)])
 def test_shapes_recipes_measure_on_held_out_prompts(name: str, steps: int, guidance: float) -> None:
     c = load_config(name)
     assert (c.name, c.model.path, c.model.height, c.model.width) == (name, name, 64, 64)
@@ -92,7 +92,7 @@ def test_shapes_recipes_measure_on_held_out_prompts(name: str, steps: int, guida
 
 def test_listing_shows_finished_recipes_only() -> None:
     shown = {recipe.name: recipe for recipe in list_recipes()}
-    assert set(shown) == {*PUBLISHED, "shapes-flux", "shapes-sd"}
+    assert set(shown) == {*PUBLISHED, "shapes-flux", "shapes-flux-demo", "shapes-sd"}
     assert all(recipe.description for recipe in shown.values())
     assert shown["sd14-hps"].samples_per_iteration == 4 * 8 * 16
 
@@ -251,7 +251,7 @@ def test_diff_names_each_changed_setting_once() -> None:
     changed = diff_configs(a, b)
     assert set(changed) == {"seed", "rollout.timesteps.fraction", "model.lora", "rewards.n"}
     assert changed["seed"] == (0, 7)
-    assert changed["rollout.timesteps.fraction"] == (0.8, 0.5)
+    assert changed["rollout.timesteps.fraction"] == (0.4, 0.5)
     assert changed["model.lora"][0] is None
 
 
