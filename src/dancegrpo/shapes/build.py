@@ -9,7 +9,6 @@ seeded. About 40 minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, multiprocessing
 
+from dancegrpo.files import write_atomically
 from dancegrpo.shapes import PIPELINES
 from dancegrpo.shapes.base import autoencoder, flux_pipeline, sd_pipeline
 from dancegrpo.shapes.training import (
@@ -148,12 +148,12 @@ def _until_target(name: str, pipeline: Any, progress: Iterator[Progress], steps:
 
 def save(pipeline: Any, folder: Path, readme: str) -> None:
     """Write a pipeline folder beside its place, then move it there, so that no reader meets half of one."""
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    pipeline.save_pretrained(fresh, safe_serialization=True)
-    (fresh / "README.md").write_text(readme, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+
+    def write(partial: Path) -> None:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        (partial / "README.md").write_text(readme, encoding="utf-8")
+
+    write_atomically(folder, write)
 
 
 def card(name: str, pipeline: Any, rates: dict[str, float], step: int, settings: Settings) -> str:
