@@ -12,7 +12,8 @@ from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import Judges, load_reward
-from dancegrpo.rewards.hps import HPSReward, clean_text, hps_pixels, score_tokens
+from dancegrpo.rewards.clip import clean_text, image_features, text_features
+from dancegrpo.rewards.hps import HPSReward, hps_pixels
 from dancegrpo.rewards.open_clip import (
     VIT_H_14,
     build_clip,
@@ -96,7 +97,7 @@ def judge(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("hps") / "tiny.pt"
     torch.save({"state_dict": tiny_checkpoint()}, path)
     options = {"weights": str(path), "tokenizer": str(tokenizer), "heads": [2, 3], "batch_size": 3}
-    return load_reward("hps", RewardConfig(judge="hps", options=options))
+    return HPSReward(**options)
 
 
 def media(size=5, frames=1, height=20, width=33):
@@ -118,7 +119,8 @@ def test_pixels_and_score_match_the_published_implementation(index, golden, gold
     expected = golden[f"hps_pixels_mean_std_{index}"]
     torch.testing.assert_close(torch.stack([pixels.mean(), pixels.std()]), expected, atol=1e-4, rtol=0)
     model = load_open_clip(golden_checkpoint, heads=(4, 4))
-    score = score_tokens(model, pixels, golden["token_ids"][index : index + 1])
+    text = text_features(model, golden["token_ids"][index : index + 1])
+    score = (image_features(model, pixels) * text).sum(-1)
     torch.testing.assert_close(score[0], golden[f"hps_score_{index}"], atol=1e-4, rtol=0)
 
 
@@ -191,10 +193,9 @@ def test_bytes_and_their_floats_score_the_same(judge):
     torch.testing.assert_close(of_bytes, of_floats, atol=0, rtol=0, equal_nan=True)
 
 
-def test_a_video_scores_the_mean_of_its_frames(judge):
-    video, texts = media(size=2, frames=4), prompts(TEXTS[:2])
-    frames = torch.stack([judge(video[:, i : i + 1], texts).values for i in range(4)])
-    torch.testing.assert_close(judge(video, texts).values, frames.mean(0), atol=1e-6, rtol=0)
+def test_a_clip_is_refused_unless_frames_are_chosen(judge):
+    with pytest.raises(RewardError, match="clips of 4 frames"):
+        judge(media(size=2, frames=4), prompts(TEXTS[:2]))
 
 
 def test_gradients_are_those_of_the_score(judge):
@@ -214,7 +215,7 @@ def test_gradients_are_those_of_the_score(judge):
 def test_half_precision_stays_near_and_still_answers_in_float32(judge, tokenizer, tmp_path):
     save_file(tiny_checkpoint(), tmp_path / "tiny.safetensors")
     options = {"weights": str(tmp_path / "tiny.safetensors"), "tokenizer": str(tokenizer), "heads": [2, 3]}
-    half = load_reward("hps", RewardConfig(judge="hps", options=options | {"dtype": "bfloat16", "device": "cpu"}))
+    half = HPSReward(**options, dtype="bfloat16", device="cpu")
     assert half.to("meta").device == torch.device("cpu")  # pinned by the recipe
     values = half(media(), prompts()).values
     assert values.dtype == torch.float32
@@ -281,7 +282,7 @@ def test_heads_that_do_not_divide_the_width_are_refused(heads, tmp_path):
 def test_without_a_path_the_published_file_is_asked_for(golden_checkpoint, monkeypatch):
     asked = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *file: asked.append(file) or golden_checkpoint)
-    with pytest.raises(RewardError, match="tokenizer 'no-such-folder'"):
+    with pytest.raises(RewardError, match="tokenizer='no-such-folder'"):
         HPSReward(heads=(4, 4), tokenizer="no-such-folder")
     assert asked == [("xswu/HPSv2", "HPS_v2.1_compressed.pt")]
 

@@ -36,7 +36,13 @@ def differences(rolled, batch, shift=0):
     policy, algorithm, told = rolled
     sample = torch.arange(len(told)).repeat_interleave(told.step.shape[1] - shift)
     slot = torch.arange(told.step.shape[1] - shift).repeat(len(told))
-    advantage = Advantage(torch.ones(len(told)), torch.ones(len(told)), {}, torch.zeros(2, dtype=torch.bool))
+    advantage = Advantage(
+        torch.ones(len(told)),
+        torch.ones(len(told)),
+        torch.ones(len(told), dtype=torch.bool),
+        {},
+        torch.zeros(2, dtype=torch.bool),
+    )
     found = []
     with torch.no_grad():
         for s, k in zip(sample.split(batch), slot.split(batch), strict=True):

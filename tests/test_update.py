@@ -140,7 +140,7 @@ def algorithm_log_prob(policy, algorithm, trajectory, advantage):
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
     policy, algorithm, updater, trajectory, values = prepared(run_config(**{"advantage.clamp": "null"}))
     advantage = advantage_of(algorithm, trajectory, values)
-    broken = Advantage(advantage.value * float("inf"), advantage.weight, {}, advantage.silent)
+    broken = Advantage(advantage.value * float("inf"), advantage.weight, advantage.valid, {}, advantage.silent)
     before = {name: p.detach().clone() for name, p in policy.trainable().items()}
     metrics = updater.update(trajectory, broken)
     assert metrics["train/skipped_updates"] == 1

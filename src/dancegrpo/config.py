@@ -169,7 +169,11 @@ class RewardConfig(Frozen):
     judge: Annotated[str, Field(min_length=1)]
     """A shipped judge (`shapes`, `hps`) or a dotted path to a Python callable, `package.module:function`."""
     weight: Float = 1.0
-    """Weight of this judge's normalised advantage in the sum; 0 = measured, never trained on."""
+    """Weight of this judge in the sum (see `advantage.combine`); 0 = held out: measured, never trained on."""
+    frames: Literal["mean", "worst", "first"] | None = None
+    """Which frames of a clip a judge of pictures sees; None = `mean` for such judges, the whole clip for others."""
+    threshold: Float | None = None
+    """Makes the judge binary: 1 where its score reaches this value, else 0. None = its score as it is."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Arguments of the judge: plain values, lists and mappings."""
 
@@ -178,7 +182,9 @@ class AdvantageConfig(Frozen):
     """From scores to advantages."""
 
     normalization: Literal["group", "batch"] = "group"
-    """Over which samples a judge's scores are centred and scaled: each group (the paper), or the whole rollout."""
+    """Over which samples scores are centred and scaled: each group (the paper), or the whole rollout."""
+    combine: Literal["advantages", "scores"] = "advantages"
+    """What the judges' weights sum: each judge's normalised advantage (the paper), or raw scores, normalised once."""
     estimator: Literal["unbiased", "biased", "none"] = "unbiased"
     """Of the standard deviation; `none` = centre only."""
     eps: NonNegative = 1e-8

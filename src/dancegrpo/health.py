@@ -61,7 +61,7 @@ def reward_metrics(scores: Mapping[str, Scores], advantage: Advantage, group: Te
         "groups/total": len(advantage.silent),
         "groups/zero_spread": int(advantage.silent.sum()),
         "samples/total": len(group),
-        "samples/masked": int((~torch.stack([scores[name].valid for name in advantage.per_judge]).all(dim=0)).sum()),
+        "samples/masked": int((~advantage.valid).sum()),
         "samples/selected": len(selected),
     }
 

@@ -18,12 +18,14 @@ class Advantage:
     """What the scores of a rollout say of its B samples.
 
     value: (B,) float32, summed over judges. weight: (B,), 1 = in the loss's denominator, 0 = masked or left out by
-    best-of-N. per_judge: each judge's own normalised advantage. silent: (P,) bool, groups with samples to train on
+    best-of-N. valid: (B,) bool, False where a trained judge failed. per_judge: each judge's own normalised advantage
+    (none where raw scores were summed). silent: (P,) bool, groups with samples to train on
     whose advantages are all 0.
     """
 
     value: Tensor
     weight: Tensor
+    valid: Tensor
     per_judge: Mapping[str, Tensor]
     silent: Tensor
 

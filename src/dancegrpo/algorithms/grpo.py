@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,25 +34,38 @@ class GRPO:
     def advantage(self, scores: Mapping[str, Scores], group: Tensor) -> Advantage:
         """Normalises each judge within its group, sums by weight, clamps once, then picks best-of-N.
 
+        With `advantage.combine=scores` the raw scores are summed by weight first, and the sum is normalised.
+
         A sample that any trained judge failed on has weight 0: part of its reward is unknown.
         """
         config, weights = self.config.advantage, {n: r.weight for n, r in self.config.rewards.items() if r.weight}
         valid = torch.stack([scores[name].valid for name in weights]).all(dim=0)
-        per_judge, weight = {}, valid.float()
-        settings: Any = {"estimator": config.estimator, "eps": config.eps, "min_spread": config.min_spread}
-        for name in weights:
-            values = scores[name].values
-            if config.normalization == "group":
-                per_judge[name], weight, _ = group_advantage(values, valid, group, **settings)
-            else:
-                per_judge[name], weight, _ = batch_advantage(values, valid, **settings)
-        value = combine(per_judge, weights, config.clamp)
+        normalize = self._normalizer(valid, group)
+        columns = {name: scores[name].values for name in weights}
+        if config.combine == "advantages":
+            normalized = {name: normalize(values) for name, values in columns.items()}
+            per_judge = {name: advantage for name, (advantage, _) in normalized.items()}
+            value = combine(per_judge, weights, config.clamp)
+            weight = next(weight for _, weight in normalized.values())  # it depends on `valid` alone
+        else:
+            # A masked score is NaN, and so is any sum with it: `valid` keeps it out.
+            total = torch.stack([weights[name] * values for name, values in columns.items()]).sum(dim=0)
+            advantage, weight = normalize(total)
+            per_judge, value = {}, combine({"sum": advantage}, {"sum": 1.0}, config.clamp)
         if config.keep is not None:
             weight = best_of_n(value, weight, group, config.keep)
         groups = int(group.max()) + 1
         selected = torch.zeros(groups).index_add_(0, group, (weight > 0).float())
         signal = torch.zeros(groups).index_add_(0, group, ((value != 0) & (weight > 0)).float())
-        return Advantage(value, weight, per_judge, silent=(signal == 0) & (selected > 0))
+        return Advantage(value, weight, valid, per_judge, silent=(signal == 0) & (selected > 0))
+
+    def _normalizer(self, valid: Tensor, group: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Scores (B,) -> their advantage (B,) and weight (B,), as the recipe normalises them."""
+        config = self.config.advantage
+        settings: Any = {"estimator": config.estimator, "eps": config.eps, "min_spread": config.min_spread}
+        if config.normalization == "batch":
+            return lambda values: batch_advantage(values, valid, **settings)[:2]
+        return lambda values: group_advantage(values, valid, group, **settings)[:2]
 
     def log_prob(self, policy: Policy, pairs: Pairs) -> Tensor:
         """Log-probability of the transitions taken, under the current policy."""

@@ -90,6 +90,7 @@ class Reward(Protocol):
     """Whether gradients flow from the scores back to the media."""
     batch_size: int | None
     """Largest batch the judge wants at once; None = as many as come."""
+    # A judge that cannot take clips also says `pictures_only = True`: `load_reward` then shows it frames.
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score B samples."""
@@ -165,6 +166,17 @@ def as_media(media: Tensor) -> Tensor:
     if not media.is_floating_point():
         raise RewardError(f"media of type {media.dtype} cannot be judged: give floats in [0, 1] or uint8.")
     return media
+
+
+def as_pictures(media: Tensor) -> Tensor:
+    """Media of one frame each (B, 1, 3, H, W) as pictures (B, 3, H, W), floats as by `as_media`.
+
+    Raises RewardError for video: a recipe says by `frames` which frames such a judge sees.
+    """
+    media = as_media(media)
+    if media.shape[1] != 1:
+        raise RewardError(f"this judge takes pictures, not clips of {media.shape[1]} frames: wrap it in OverFrames.")
+    return media[:, 0]
 
 
 def describe(error: Exception) -> str:

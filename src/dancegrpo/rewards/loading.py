@@ -14,14 +14,9 @@ from typing import Any
 from dancegrpo.config import RewardConfig
 from dancegrpo.errors import DanceError, RewardError
 from dancegrpo.rewards.base import FunctionReward, Reward, describe
+from dancegrpo.rewards.catalog import CATALOG
+from dancegrpo.rewards.compose import Binary, OverFrames
 from dancegrpo.rewards.panel import Judges
-
-SHIPPED = {
-    "hps": "dancegrpo.rewards.hps:HPSReward",
-    "shapes": "dancegrpo.rewards.shapes:ShapesReward",
-}
-"""The judges that come with the package: name -> where the class lives."""
-
 
 IN_PYTHON = "python:"
 """Begins the `judge` of one that was handed over as a Python object: a config names it but cannot load it."""
@@ -39,8 +34,16 @@ def load_reward(name: str, config: RewardConfig) -> Reward:
     `config.judge` is a shipped name or `package.module:attribute`, looked up in the current folder too. The attribute
     is a class (built with the options), an object that is a `Reward` already, or a function in the convention of
     `FunctionReward`: its options become keyword arguments, but for `batch_size`, which bounds the images per call.
+    `config.frames` and `config.threshold` wrap it in `OverFrames` and `Binary`.
     Raises RewardError for an unknown judge, a failing import, a missing or unknown option.
     """
+    reward = _load(name, config)
+    if config.frames or getattr(reward, "pictures_only", False):
+        reward = OverFrames(reward, config.frames or "mean")
+    return reward if config.threshold is None else Binary(reward, config.threshold)
+
+
+def _load(name: str, config: RewardConfig) -> Reward:
     if config.judge.startswith(IN_PYTHON):
         raise RewardError(
             f"judge {name!r} ({config.judge.removeprefix(IN_PYTHON)}) was given in Python and has no name to load: "
@@ -67,10 +70,11 @@ def load_reward(name: str, config: RewardConfig) -> Reward:
 
 
 def _resolve(judge: str) -> Any:
-    if ":" not in judge and judge not in SHIPPED:
-        hint = _nearest(judge, SHIPPED)
-        raise RewardError(f"judge {judge!r} is unknown{hint}: use {_list(SHIPPED)}, or package.module:function.")
-    module_name, _, attribute = SHIPPED.get(judge, judge).partition(":")
+    if ":" not in judge and judge not in CATALOG:
+        hint = _nearest(judge, CATALOG)
+        raise RewardError(f"judge {judge!r} is unknown{hint}: use {_list(CATALOG)}, or package.module:function.")
+    path = CATALOG[judge].target if judge in CATALOG else judge
+    module_name, _, attribute = path.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
         # Last, so that a user's file next to the recipe is found but can never hide an installed module.

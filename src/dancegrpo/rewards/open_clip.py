@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dancegrpo.errors import RewardError
-from dancegrpo.rewards.base import describe
+from dancegrpo.rewards.weights import check_tensors, read_tensors
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,9 @@ def load_open_clip(path: str | Path, heads: Sequence[int] | None = None) -> Any:
     None = the checkpoint is a ViT-H-14.
     Raises RewardError for an unreadable file and for any missing, extra or misshapen tensor, by name.
     """
-    path = Path(path)
-    tensors = _read(path)
+    tensors = read_tensors(path)
     architecture = VIT_H_14 if heads is None else infer_architecture(tensors, heads)
-    _check_layout(tensors, architecture, path)
+    check_tensors(tensors, layout(architecture), path)
     model = build_clip(architecture)
     model.load_state_dict(to_transformers(tensors), strict=True, assign=True)
     # Built without storage: the position ids, which no checkpoint holds, are all that is still missing.
@@ -121,24 +120,6 @@ def _tower(tower: Tower) -> dict[str, int]:
         "num_hidden_layers": tower.layers,
         "num_attention_heads": tower.heads,
     }
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise RewardError(f"weights {str(path)!r} do not exist: give the path of a .pt or .safetensors checkpoint.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            loaded: Any = load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise RewardError(f"weights {str(path)!r} cannot be read: {describe(error)}; fetch the file again.") from error
-    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
-    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise RewardError(f"weights {str(path)!r} hold no tensors by name: give a checkpoint in open_clip's layout.")
-    return dict(tensors)
 
 
 def infer_architecture(tensors: Mapping[str, Tensor], heads: Sequence[int]) -> Architecture:
@@ -207,23 +188,6 @@ def layout(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         for i in range(tower.layers):
             shapes |= {f"{prefix}transformer.resblocks.{i}.{name}": shape for name, shape in block.items()}
     return shapes
-
-
-def _check_layout(tensors: Mapping[str, Tensor], architecture: Architecture, path: Path) -> None:
-    expected = layout(architecture)
-    wrong = [f"{key} is missing" for key in expected if key not in tensors]
-    wrong += [f"{key} is extra" for key in tensors if key not in expected]
-    wrong += [
-        f"{key} is {tuple(tensors[key].shape)}, not {shape}"
-        for key, shape in expected.items()
-        if key in tensors and tuple(tensors[key].shape) != shape
-    ]
-    wrong += [
-        f"{key} is {tensor.dtype}, not floats" for key, tensor in tensors.items() if not tensor.is_floating_point()
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise RewardError(f"weights {str(path)!r} do not fit: {'; '.join(wrong[:3])}{more}. Give the published file.")
 
 
 def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,85 @@
+"""Judges made of judges: a picture judge that sees clips, and a threshold over any judge."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from dancegrpo.errors import RewardError
+from dancegrpo.prompts import Prompt
+from dancegrpo.rewards.base import Reward, Scores
+
+Frames = Literal["mean", "worst", "first"]
+
+
+class OverFrames:
+    """A judge of pictures as a judge of clips, (B, F, 3, H, W) with any F.
+
+    frames: `mean` of every frame's score, the `worst` frame's score, or the `first` frame alone. A clip with a frame
+    that got no score has none itself: a mean over other frames than its neighbours' would not compare.
+    """
+
+    batch_size: int | None = None
+
+    def __init__(self, reward: Reward, frames: Frames = "mean") -> None:
+        if frames not in ("mean", "worst", "first"):
+            raise RewardError(f"frames={frames!r} is unknown: use mean, worst or first.")
+        self.reward, self.frames = reward, frames
+        self.name, self.differentiable = reward.name, reward.differentiable
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Score B clips."""
+        clips = media[:, :1] if self.frames == "first" else media
+        count = clips.shape[1]
+        pictures = clips.flatten(0, 1)[:, None]
+        repeated = [prompt for prompt in prompts for _ in range(count)]
+        size = self.reward.batch_size or len(pictures) or 1
+        parts = [self.reward(pictures[i : i + size], repeated[i : i + size]) for i in range(0, len(pictures), size)]
+        return self._by_clip(Scores.cat(parts), len(media), count) if count > 1 else Scores.cat(parts)
+
+    def _by_clip(self, scores: Scores, clips: int, count: int) -> Scores:
+        def reduce(column: Tensor) -> Tensor:
+            frames = column.float().view(clips, count)
+            return frames.amin(1) if self.frames == "worst" else frames.mean(1)
+
+        valid = scores.valid.view(clips, count).all(dim=1)
+        extra = {name: reduce(column) for name, column in scores.extra.items()}
+        values = torch.where(valid, reduce(scores.values), torch.nan)
+        # Causes were counted in frames; what is told is clips, each under the commonest cause.
+        lost, common = int((~valid).sum()), Counter(scores.causes).most_common(1)
+        causes = {f"a frame: {common[0][0]}": lost} if lost and common else {}
+        return Scores(values, valid, extra, causes)
+
+    def to(self, device: Any) -> Self:
+        """Moves the judge."""
+        self.reward = self.reward.to(device)
+        return self
+
+
+class Binary:
+    """A threshold over any judge: 1 where its score reaches `threshold`, else 0 (arXiv:2505.07818, binary rewards).
+
+    `extra["score"]` keeps what the judge said. No gradient flows.
+    """
+
+    differentiable = False
+
+    def __init__(self, reward: Reward, threshold: float) -> None:
+        self.reward, self.threshold = reward, threshold
+        self.name, self.batch_size = reward.name, reward.batch_size
+
+    @torch.no_grad()
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Score B samples."""
+        told = self.reward(media, prompts)
+        values = torch.where(told.valid, (told.values >= self.threshold).float(), torch.nan)
+        return Scores(values, told.valid, {**told.extra, "score": told.values}, told.causes)
+
+    def to(self, device: Any) -> Self:
+        """Moves the judge."""
+        self.reward = self.reward.to(device)
+        return self
