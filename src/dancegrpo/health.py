@@ -17,20 +17,32 @@ from dancegrpo.rewards.base import Scores
 
 
 class Clock:
-    """Seconds per phase, with the accelerator's queue drained at each boundary."""
+    """Seconds per phase, with the accelerator's queue drained at each boundary.
+
+    Phases may nest and come again: each second counts once, for the innermost phase.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.started = device, time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self._within: list[float] = []
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Times the block as `phase`."""
+        self._drain()
         started = time.perf_counter()
+        self._within.append(0.0)
         yield
+        self._drain()
+        spent = time.perf_counter() - started
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + spent - self._within.pop()
+        if self._within:
+            self._within[-1] += spent
+
+    def _drain(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-        self.seconds[phase] = time.perf_counter() - started
 
     def metrics(self) -> dict[str, float]:
         """`seconds/PHASE` for each, and `seconds/total`."""

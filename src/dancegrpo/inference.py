@@ -86,7 +86,7 @@ def measure(source: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any],
     if not config.evaluation.num_prompts or not config.prompts.evaluation:
         raise ConfigError(f"{source} has no held-out prompts: set prompts.evaluation=FILE and evaluation.num_prompts=N")
     prompts = evaluate.held_out(config)
-    judges = load_judges(config.rewards).to(trained.policy.device)
+    judges = load_judges(config.rewards).to(trained.policy.device).for_evaluation()
     settings = config.evaluation
     record = evaluate.evaluate(trained.policy, judges, prompts, seed=settings.seed, batch_size=settings.batch_size)
     summary, comparison = summarize({"iteration": trained.iteration, **record}), None

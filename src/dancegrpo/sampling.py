@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -120,13 +121,15 @@ def rollout(
     seed: int = 0,
     iteration: int = 0,
     reduction: Reduction = "mean",
+    on_batch: Callable[[Tensor], None] | None = None,
 ) -> Trajectory:
     """Samples group_size outputs for each of the P prompts of `condition` with the policy's stochastic sampler.
 
     Groups are contiguous: sample i belongs to group i // group_size. Noise is keyed by (seed, iteration, group, sample,
     step), so the result does not depend on `config.batch_size` beyond rounding. `sde` and `shift` are the policy's own,
     fixed by `load_policy`; another `num_steps` than its raises ConfigError. reduction: of the log-probability over
-    the latent's elements, `mean` or `sum`.
+    the latent's elements, `mean` or `sum`. on_batch: called with the final latents (N, *S) of each batch as it is done,
+    in the order of samples.
     """
     num_prompts, size = len(condition), config.group_size
     if config.num_steps != policy.dynamics.num_steps:
@@ -156,6 +159,8 @@ def rollout(
                 log_prob[at, to] = taken.log_prob(following[local], reduction=reduction)
             x = following
         x0[rows.to(device)] = x
+        if on_batch is not None:
+            on_batch(x)
     level = plan.noise_level.gather(1, plan.trained).to(device)
     return Trajectory(x_t, x_next, plan.trained.to(device), level, log_prob, x0, group.to(device), condition)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from dancegrpo import evaluate as measure
 from dancegrpo.algorithms import build_algorithm
@@ -158,16 +159,20 @@ class Trainer:
         prompts = [self.prompts[index] for index in self.sampler.indices(iteration)]
         with clock("encode"):
             condition = self.encoder.encode(prompts)
-        with clock("rollout"):
-            trajectory = self.algorithm.collect(policy, condition, iteration)
-        with clock("decode"), torch.no_grad():
-            media = torch.cat([policy.decode(x0) for x0 in trajectory.x0.split(config.rollout.batch_size)])
+        size = config.rollout.group_size
+        with self.judges.scoring([prompt for prompt in prompts for _ in range(size)]) as scoring:
+
+            def decode(x0: Tensor) -> None:
+                with clock("decode"):
+                    media = policy.decode(x0)
+                scoring.add(media)
+
+            with clock("rollout"), torch.no_grad():
+                trajectory = self.algorithm.collect(policy, condition, iteration, decode)
+            with clock("reward"):
+                scores = {name: verdict.to("cpu") for name, verdict in self.judges.finish(scoring).items()}
+        self.judges.require_valid(scores)
         group = trajectory.group.cpu()
-        with clock("reward"):
-            judged = self.judges.score(media, [prompts[index] for index in group.tolist()])
-            scores = {name: verdict.to("cpu") for name, verdict in judged.items()}
-            self.judges.require_valid(scores)
-        del media
         with clock("update"):
             advantage = self.algorithm.advantage(scores, group)
             metrics = self.updater.update(trajectory, advantage)
@@ -240,7 +245,12 @@ class Trainer:
                 return
             size, encode = config.batch_size, self.encoder.encode
             record = measure.evaluate(
-                self.policy, self.judges, self.held_out, seed=config.seed, batch_size=size, encode=encode
+                self.policy,
+                self.judges.for_evaluation(),
+                self.held_out,
+                seed=config.seed,
+                batch_size=size,
+                encode=encode,
             )
         record = {"iteration": done, "weights": "current" if self.updater.ema is None else "ema", **record}
         write_json(folder.evaluation_file(done), record)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,8 +53,14 @@ class Algorithm(Protocol):
     needs_reference: bool
     """Whether `loss` reads the starting policy's predictions."""
 
-    def collect(self, policy: Policy, condition: Condition, iteration: int) -> Trajectory:
-        """One rollout of `condition`'s prompts."""
+    def collect(
+        self,
+        policy: Policy,
+        condition: Condition,
+        iteration: int,
+        on_batch: Callable[[Tensor], None] | None = None,
+    ) -> Trajectory:
+        """One rollout of `condition`'s prompts. on_batch: given final latents (N, *S) as they come, in order."""
 
     def advantage(self, scores: Mapping[str, Scores], group: Tensor) -> Advantage:
         """Judges' scores -> advantage and weight of each sample."""

@@ -25,11 +25,17 @@ class GRPO:
         self.config = config
         self.needs_reference = config.algorithm.kl_weight > 0
 
-    def collect(self, policy: Policy, condition: Condition, iteration: int) -> Trajectory:
+    def collect(
+        self,
+        policy: Policy,
+        condition: Condition,
+        iteration: int,
+        on_batch: Callable[[Tensor], None] | None = None,
+    ) -> Trajectory:
         """Samples group_size outputs per prompt."""
-        config = self.config
-        reduction = config.algorithm.log_prob_reduction
-        return rollout(policy, condition, config.rollout, seed=config.seed, iteration=iteration, reduction=reduction)
+        config, reduction = self.config, self.config.algorithm.log_prob_reduction
+        key: Any = {"seed": config.seed, "iteration": iteration, "reduction": reduction}
+        return rollout(policy, condition, config.rollout, **key, on_batch=on_batch)
 
     def advantage(self, scores: Mapping[str, Scores], group: Tensor) -> Advantage:
         """Normalises each judge within its group, sums by weight, clamps once, then picks best-of-N.

@@ -16,7 +16,33 @@ from dancegrpo.rewards.base import Reward, Scores
 Frames = Literal["mean", "worst", "first"]
 
 
-class OverFrames:
+class _Wrapped:
+    """A judge around another, in the same place."""
+
+    reward: Reward
+
+    @property
+    def remote(self) -> bool:
+        """Whether the judge inside waits on another machine or process."""
+        return getattr(self.reward, "remote", False)
+
+    @property
+    def in_evaluation(self) -> bool:
+        """Whether held-out evaluations ask it."""
+        return getattr(self.reward, "in_evaluation", True)
+
+    @property
+    def device(self) -> Any:
+        """Of the judge inside, None where it has none."""
+        return getattr(self.reward, "device", None)
+
+    def to(self, device: Any) -> Self:
+        """Moves the judge."""
+        self.reward = self.reward.to(device)
+        return self
+
+
+class OverFrames(_Wrapped):
     """A judge of pictures as a judge of clips, (B, F, 3, H, W) with any F.
 
     frames: `mean` of every frame's score, the `worst` frame's score, or the `first` frame alone. A clip with a frame
@@ -54,13 +80,8 @@ class OverFrames:
         causes = {f"a frame: {common[0][0]}": lost} if lost and common else {}
         return Scores(values, valid, extra, causes)
 
-    def to(self, device: Any) -> Self:
-        """Moves the judge."""
-        self.reward = self.reward.to(device)
-        return self
 
-
-class Binary:
+class Binary(_Wrapped):
     """A threshold over any judge: 1 where its score reaches `threshold`, else 0 (arXiv:2505.07818, binary rewards).
 
     `extra["score"]` keeps what the judge said. No gradient flows.
@@ -78,8 +99,3 @@ class Binary:
         told = self.reward(media, prompts)
         values = torch.where(told.valid, (told.values >= self.threshold).float(), torch.nan)
         return Scores(values, told.valid, {**told.extra, "score": told.values}, told.causes)
-
-    def to(self, device: Any) -> Self:
-        """Moves the judge."""
-        self.reward = self.reward.to(device)
-        return self

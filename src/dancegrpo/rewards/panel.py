@@ -12,6 +12,7 @@ from torch import Tensor
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import NOT_FINITE, Reward, Scores, as_media, describe
+from dancegrpo.rewards.scoring import Scoring
 
 MIN_VALID_FRACTION = 0.5
 """Share of an iteration's samples that each trained judge must score, or the run stops."""
@@ -49,6 +50,11 @@ class Judges:
         self.rewards = {name: reward.to(device) for name, reward in self.rewards.items()}
         return self
 
+    def for_evaluation(self) -> Judges:
+        """The judges that a held-out evaluation asks: all but those that say `in_evaluation = False` (people)."""
+        asked = {name: reward for name, reward in self.rewards.items() if getattr(reward, "in_evaluation", True)}
+        return Judges(asked, {name: self.weights[name] for name in asked})
+
     def score(self, media: Tensor, prompts: Sequence[Prompt]) -> dict[str, Scores]:
         """Every judge's scores for B samples, on the media's device, in the order given.
 
@@ -57,15 +63,17 @@ class Judges:
         pixel that is not finite or outside [0, 1] is masked for all of them.
         Raises RewardError for media of another shape or type, ValueError where media and prompts differ in number.
         """
-        if len(media) != len(prompts):
-            raise ValueError(f"{len(media)} samples came with {len(prompts)} prompts: give one prompt per sample.")
-        media = as_media(media)
-        # A comparison with NaN is False, so this finds broken numbers too.
-        broken = ~((media >= 0) & (media <= 1)).flatten(1).all(1)
-        if broken.any():
-            # Blank rather than removed: the batch keeps its shape, and no judge meets a NaN.
-            media = torch.where(broken.view(-1, 1, 1, 1, 1), 0.0, media)
-        scores = {name: _ask(reward, media, prompts).mask(broken, BAD_MEDIA) for name, reward in self.rewards.items()}
+        with self.scoring(prompts) as scoring:
+            scoring.add(as_media(media))
+            return self.finish(scoring)
+
+    def scoring(self, prompts: Sequence[Prompt]) -> Scoring:
+        """To score samples while others are still made: `add` them in order, then `finish`; as `score` otherwise."""
+        return Scoring(self.rewards, prompts, _ask)
+
+    def finish(self, scoring: Scoring) -> dict[str, Scores]:
+        """The scores of all that was added."""
+        scores = scoring.result()
         self._warn(scores)
         return scores
 
@@ -92,10 +100,14 @@ class Judges:
 
 
 def _ask(reward: Reward, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
-    size = reward.batch_size or len(media)
-    starts = range(0, len(media), size) if size else ()
-    parts = [_guarded(reward, media[i : i + size], prompts[i : i + size]) for i in starts]
-    return Scores.cat(parts).to(media.device)
+    """One batch's scores; broken pixels never reach the judge."""
+    media = as_media(media)
+    # A comparison with NaN is False, so this finds broken numbers too.
+    broken = ~((media >= 0) & (media <= 1)).flatten(1).all(1)
+    if broken.any():
+        # Blank rather than removed: the batch keeps its shape, and no judge meets a NaN.
+        media = torch.where(broken.view(-1, 1, 1, 1, 1), 0.0, media)
+    return _guarded(reward, media, prompts).mask(broken, BAD_MEDIA)
 
 
 def _guarded(reward: Reward, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
