@@ -23,6 +23,10 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted settings, `rollout.group_size=16`.")
 ]
+JudgeOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="The judge's settings as in a recipe, `options.batch_size=8`."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
@@ -139,6 +143,66 @@ def export(
 
     path = write(run_dir, out, ema=ema)
     _print({"export": str(path)}, str(path), as_json)
+
+
+@app.command(epilog="Example: `dancegrpo score hps --media pictures --prompts prompts.txt options.batch_size=8`")
+def score(
+    judge: Annotated[str, typer.Argument(help="A shipped judge (`dancegrpo rewards`) or `package.module:function`.")],
+    overrides: JudgeOverrides = None,
+    media: Annotated[
+        list[Path] | None, typer.Option(help="A picture, a clip, or a folder of them; may be given several times.")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="A prompt file with one prompt per file, in their order.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt for all.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the scores to this CSV file too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score pictures or clips with a judge."""
+    from dancegrpo.files import write_text
+    from dancegrpo.judging import as_csv, as_table, score_files
+    from dancegrpo.judging import as_json as told
+
+    rows = score_files(judge, list(overrides or []), list(media or []), prompts=prompts, prompt=prompt)
+    if csv is not None:
+        write_text(csv, as_csv(rows))
+    _print(told(rows), as_table(rows), as_json)
+
+
+@app.command(epilog="Example: `dancegrpo rewards`")
+def rewards(as_json: AsJson = False) -> None:
+    """List the judges: what each measures, what it needs, and whether its weights are here."""
+    from dataclasses import asdict
+
+    from dancegrpo.judging import judges_table, list_judges
+
+    known = list_judges()
+    _print({"judges": [asdict(judge) for judge in known]}, judges_table(known), as_json)
+
+
+@app.command(name="serve-reward", epilog="Example: `dancegrpo serve-reward hps --port 8765 options.device=cuda`")
+def serve_reward(
+    judge: Annotated[str, typer.Argument(help="A shipped judge (`dancegrpo rewards`) or `package.module:function`.")],
+    overrides: JudgeOverrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free one, printed.")] = 8765,
+    token_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the token that clients must show.")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with that token, instead.")] = None,
+    max_request_mb: Annotated[float, typer.Option(help="Larger requests are refused.")] = 256,
+    batching: Annotated[
+        bool, typer.Option("--batching/--no-batching", help="Pack the samples of several requests into one batch.")
+    ] = True,
+) -> None:
+    """Run a judge as a service of its own, for `judge: service` of recipes in other processes or on other machines."""
+    from dancegrpo.config import load_reward_config
+    from dancegrpo.rewards.service import read_token, serve
+
+    config = load_reward_config(judge, list(overrides or []))
+    token = read_token(token_env, token_file)
+    limits = {"max_request_mb": max_request_mb, "batch_across_requests": batching}
+    # The address on standard output: port 0 is only known now, and a script may wait for this line.
+    serve(judge, config, host=host, port=port, token=token, **limits, on_ready=lambda url: print(url, flush=True))
 
 
 if __name__ == "__main__":

@@ -350,6 +350,21 @@ def load_config(recipe: str | Path | Mapping[str, Any] | RunConfig, overrides: S
         raise ConfigError(explain(error, RunConfig, data)) from error
 
 
+def load_reward_config(judge: str, overrides: Sequence[str] = ()) -> RewardConfig:
+    """One judge's settings outside a recipe: its name, and `key=value` overrides (`options.batch_size=8`).
+
+    Raises ConfigError as `load_config` does.
+    """
+    data: dict[str, Any] = {"judge": judge}
+    for override in overrides:
+        data = apply_override(data, override, _defaults(RewardConfig))
+    refuse_interpolation(data)
+    try:
+        return RewardConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, RewardConfig, data)) from error
+
+
 def list_recipes() -> list[RecipeInfo]:
     """The shipped recipes, in alphabetical order."""
     configs = [load_config(name) for name in recipe_names()]

@@ -21,5 +21,9 @@ class RewardError(DanceError):
     """A judge that cannot be loaded, or that failed on too many samples for the run to go on."""
 
 
+class MediaError(DanceError):
+    """A picture or clip that is missing, damaged, or no picture or clip at all."""
+
+
 class CheckpointError(DanceError):
     """A run folder or checkpoint that cannot be written, read or resumed."""

@@ -1,15 +1,23 @@
-"""Pictures between tensors in [0, 1] and files."""
+"""Pictures and clips between tensors in [0, 1] and files."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
+from dancegrpo.errors import MediaError
 from dancegrpo.files import write_atomically
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+"""What Pillow reads; an animated file is a clip."""
+CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+"""What PyAV reads."""
 
 
 def to_uint8(picture: Tensor) -> Tensor:
@@ -55,3 +63,63 @@ def save_image(picture: Tensor, path: Path) -> None:
     """Write (3, H, W) in [0, 1] as PNG: the file is there whole, or as it was before. Folders are made."""
     image = to_image(picture)
     write_atomically(path, lambda partial: image.save(partial, format="PNG"))
+
+
+def find_media(paths: Sequence[Path]) -> list[Path]:
+    """The picture and clip files among `paths`, folders opened; names in a folder in the order a person counts.
+
+    Raises MediaError for a path that does not exist or is no medium, and where nothing is found.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = [file for file in path.iterdir() if file.suffix.lower() in PICTURES + CLIPS]
+            found += sorted(inside, key=lambda file: _counted(file.name))
+        elif not path.is_file():
+            raise MediaError(f"{path} does not exist: name picture or clip files, or a folder of them.")
+        elif path.suffix.lower() not in PICTURES + CLIPS:
+            raise MediaError(f"{path} is no picture or clip: use {', '.join(PICTURES + CLIPS)}.")
+        else:
+            found.append(path)
+    if not found:
+        raise MediaError(f"no picture or clip in {', '.join(map(str, paths))}: use {', '.join(PICTURES + CLIPS)}.")
+    return found
+
+
+def read_media(path: Path) -> Tensor:
+    """A file's frames (F, 3, H, W) uint8, F = 1 for a picture; what is transparent shows white.
+
+    Raises MediaError for a file that cannot be read to its end.
+    """
+    try:
+        frames = _read_clip(path) if path.suffix.lower() in CLIPS else _read_pictures(path)
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+        raise MediaError(
+            f"{path} cannot be read ({type(error).__name__}): the file is damaged, make it again."
+        ) from error
+    if not frames:
+        raise MediaError(f"{path} holds no frame: the file is damaged, make it again.")
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+
+
+def _read_pictures(path: Path) -> list[np.ndarray]:
+    with Image.open(path) as file:
+        frames = []
+        for frame in ImageSequence.Iterator(file):
+            layer = frame.convert("RGBA")
+            sheet = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+            frames.append(np.asarray(Image.alpha_composite(sheet, layer).convert("RGB")))
+        return frames
+
+
+def _read_clip(path: Path) -> list[np.ndarray]:
+    import av
+
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def _counted(name: str) -> list[tuple[int, str]]:
+    """A key under which 2.png comes before 10.png."""
+    parts = re.findall(r"\d+|\D+", name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
