@@ -63,6 +63,9 @@ def test_train_sample_eval_report_export(monkeypatch, capsys, recipe, tmp_path):
     code, out, _ = call(monkeypatch, capsys, "export", run, "--out", tmp_path / "pipeline")
     assert (code, out.strip()) == (0, str(tmp_path / "pipeline"))
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
+    start = json.loads((tmp_path / "runs" / "tiny-seed3" / "evaluations" / "000000.json").read_text())
+    before, after = (sum(held["columns"]["bright"]) / 3 for held in (start, record))
+    assert f"| bright | {before:.4f} | {after:.4f} |" in (tmp_path / "pipeline" / "README.md").read_text()
 
 
 def test_resume_takes_the_run_folder_alone(monkeypatch, capsys, recipe):

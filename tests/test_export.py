@@ -136,3 +136,10 @@ def test_an_export_that_cannot_be_written_is_one_line(tiny_sd_path: Path, tmp_pa
     with pytest.raises(CheckpointError, match="cannot write") as caught:
         trained(tiny_sd_path).export(tmp_path / "file" / "out", CARD)
     assert "\n" not in str(caught.value)
+
+
+def test_an_export_does_not_tell_where_its_base_lay(family: Path, tmp_path: Path) -> None:
+    trained(family).export(tmp_path / "out", CARD)
+    told = "".join(file.read_text() for file in (tmp_path / "out").rglob("*.json"))
+    assert str(family) not in told
+    assert str(family.parent) not in told

@@ -187,3 +187,9 @@ def test_learning_moves_the_reward(settings):
     rows = metrics(train(load_config(settings, longer), rewards={"bright": brightness}).run_dir)
     rewards = [row["reward/bright/mean"] for row in rows]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 2 * rows[0]["reward/bright/group_std"]
+
+
+def test_a_negative_prompt_that_would_do_nothing_is_refused(settings):
+    settings["prompts"]["negative"] = "blurry"
+    with pytest.raises(ConfigError, match=r"prompts\.negative='blurry' would do nothing"):
+        train(load_config(settings))

@@ -64,7 +64,8 @@ class ModelConfig(Frozen):
     width: Pixels = 512
     """Pixels."""
     guidance_scale: NonNegative = 3.5
-    """Classifier-free guidance (Stable Diffusion; 1 or less = off) or the embedded guidance value (FLUX.1-dev)."""
+    """Classifier-free guidance (Stable Diffusion; 1 or less = off) or the embedded guidance value (FLUX.1-dev;
+    schnell has none and ignores it)."""
     max_sequence_length: Positive | None = None
     """Text tokens given to a T5 encoder; None = the pipeline's default."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

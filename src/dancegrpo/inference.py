@@ -141,6 +141,24 @@ def export(run_dir: Path, out: Path, *, ema: bool = True) -> Path:
         recipe=config.name,
         iterations=trained.iteration,
         judges=tuple(f"{name} ({reward.judge}, weight {reward.weight:g})" for name, reward in config.rewards.items()),
+        notes=_measured(run_dir, trained.iteration, ema=ema),
     )
     trained.policy.export(out, card)
     return out
+
+
+def _measured(run_dir: Path, iteration: int, *, ema: bool) -> str:
+    """Held-out results of these very weights beside the start's, as Markdown; "" where the run did not measure them."""
+    files = [RunFolder.open(run_dir).evaluation_file(number) for number in (0, iteration)]
+    if iteration == 0 or not all(file.is_file() for file in files):
+        return ""
+    before, after = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    if after["weights"] == "ema" and not ema:
+        return ""  # what was measured is the average, not these
+    rows = [
+        f"| {column} | {gain.before:.4f} | {gain.after:.4f} | {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] |"
+        for column, gain in compare(before, after).overall.items()
+    ]
+    head = ["## Held-out prompts", "", "| judge | base | this | gain (95 % paired bootstrap) |", "|---|---|---|---|"]
+    count = len(after["prompt_ids"])
+    return "\n".join([*head, *rows, "", f"{count} prompts that were not trained on, with fixed noise."])

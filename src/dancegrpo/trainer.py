@@ -97,6 +97,11 @@ class Trainer:
         self.sampler = GroupSampler(len(self.prompts), prompts.per_iteration, config.seed)
         self.held_out = measure.held_out(config)
         self.policy: Policy = load_policy(config.model, config.rollout, seed=config.seed)
+        if prompts.negative and not self.policy.guided:
+            raise ConfigError(
+                f"prompts.negative={prompts.negative!r} would do nothing: {config.model.path} at model.guidance_scale="
+                f"{config.model.guidance_scale:g} uses no classifier-free guidance; leave it empty"
+            )
         cache = (
             ConditionCache(Path(config.output) / ".conditions", prompts.cache_mb * 1_000_000)
             if prompts.cache_mb

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -208,6 +209,7 @@ class PipelinePolicy(Policy):
             partial.mkdir()
             if self.model.lora is None:
                 self.pipeline.save_pretrained(partial)
+                _forget_paths(partial)
             else:
                 self._save_adapters(partial)
             (partial / "README.md").write_text(text, encoding="utf-8")
@@ -223,3 +225,11 @@ class PipelinePolicy(Policy):
         state = get_peft_model_state_dict(self.module)
         layers = {n: (w * scale if "lora_B" in n else w).detach().contiguous() for n, w in state.items()}
         self.pipeline.save_lora_weights(folder, **{f"{self.denoiser}_lora_layers": layers})
+
+
+def _forget_paths(folder: Path) -> None:
+    """Takes the path of the base, which the libraries note down, out of a pipeline's JSON files."""
+    for file in folder.rglob("*.json"):
+        held = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(held, dict) and held.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
