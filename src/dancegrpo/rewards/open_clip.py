@@ -30,7 +30,10 @@ class Tower:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a CLIP: image and patch in pixels, context in tokens, projection in channels. Activation: GELU."""
+    """The sizes of a CLIP: image and patch in pixels, context in tokens, projection in channels.
+
+    quick_gelu: the activation is x * sigmoid(1.702 x), as in OpenAI's and DFN's checkpoints, not the exact GELU.
+    """
 
     vision: Tower
     text: Tower
@@ -39,10 +42,13 @@ class Architecture:
     patch: int
     context: int
     vocabulary: int
+    quick_gelu: bool = False
 
 
 VIT_H_14 = Architecture(Tower(1280, 5120, 32, 16), Tower(1024, 4096, 24, 16), 1024, 224, 14, 77, 49408)
 """ViT-H-14, the architecture of HPS-v2.1."""
+_VISION_HEADS = {768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
+_TEXT_HEADS = {512: 8, 768: 12, 1024: 16, 1280: 20}
 
 _NAMES = {
     "logit_scale": "logit_scale",
@@ -80,7 +86,14 @@ def load_open_clip(path: str | Path, heads: Sequence[int] | None = None) -> Any:
     Raises RewardError for an unreadable file and for any missing, extra or misshapen tensor, by name.
     """
     tensors = read_tensors(path)
-    architecture = VIT_H_14 if heads is None else infer_architecture(tensors, heads)
+    return from_tensors(tensors, VIT_H_14 if heads is None else infer_architecture(tensors, heads), path)
+
+
+def from_tensors(tensors: Mapping[str, Tensor], architecture: Architecture, path: str | Path) -> Any:
+    """A frozen `transformers.CLIPModel` in evaluation mode, of an open_clip checkpoint's tensors.
+
+    path: where they came from. Raises RewardError for any missing, extra or misshapen tensor, by name.
+    """
     check_tensors(tensors, layout(architecture), path)
     model = build_clip(architecture)
     model.load_state_dict(to_transformers(tensors), strict=True, assign=True)
@@ -95,7 +108,7 @@ def build_clip(architecture: Architecture) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
     a = architecture
-    common = {"hidden_act": "gelu", "projection_dim": a.projection}
+    common = {"hidden_act": "quick_gelu" if a.quick_gelu else "gelu", "projection_dim": a.projection}
     config = CLIPConfig(
         projection_dim=a.projection,
         # open_clip pools at the highest token id, which is the end of text.
@@ -120,6 +133,18 @@ def _tower(tower: Tower) -> dict[str, int]:
         "num_hidden_layers": tower.layers,
         "num_attention_heads": tower.heads,
     }
+
+
+def published_heads(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(vision, text) attention heads of the ViT-B, L, H, g and bigG, which their widths tell.
+
+    Raises RewardError for other widths.
+    """
+    sizes = infer_architecture(tensors, (1, 1))
+    vision, text = sizes.vision.width, sizes.text.width
+    if vision not in _VISION_HEADS or text not in _TEXT_HEADS:
+        raise RewardError(f"a CLIP of widths {vision} (vision) and {text} (text) is no published one: give its heads.")
+    return _VISION_HEADS[vision], _TEXT_HEADS[text]
 
 
 def infer_architecture(tensors: Mapping[str, Tensor], heads: Sequence[int]) -> Architecture:

@@ -74,7 +74,9 @@ def load_pretrained(cls: Any, source: str, *, judge: str, option: str = "model",
     Raises RewardError naming the first tensors that do not fit, and for a folder or repository that cannot be read.
     """
     try:
-        model, found = cls.from_pretrained(source, output_loading_info=True, **arguments)
+        # Misshapen tensors must come back by name, where the library's own error names none.
+        strict = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = cls.from_pretrained(source, **strict, **arguments)
     except Exception as error:
         raise RewardError(
             f"{option}={source!r} of the {judge} judge cannot be loaded: {describe(error)}; give a complete folder."
