@@ -190,8 +190,8 @@ def serve_reward(
     ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with that token, instead.")] = None,
     max_request_mb: Annotated[float, typer.Option(help="Larger requests are refused.")] = 256,
-    batching: Annotated[
-        bool, typer.Option("--batching/--no-batching", help="Pack the samples of several requests into one batch.")
+    batch_across_requests: Annotated[
+        bool, typer.Option(help="Pack the samples of several requests into one batch; off = each on its own, exactly.")
     ] = True,
 ) -> None:
     """Run a judge as a service of its own, for `judge: service` of recipes in other processes or on other machines."""
@@ -200,7 +200,7 @@ def serve_reward(
 
     config = load_reward_config(judge, list(overrides or []))
     token = read_token(token_env, token_file)
-    limits = {"max_request_mb": max_request_mb, "batch_across_requests": batching}
+    limits = {"max_request_mb": max_request_mb, "batch_across_requests": batch_across_requests}
     # The address on standard output: port 0 is only known now, and a script may wait for this line.
     serve(judge, config, host=host, port=port, token=token, **limits, on_ready=lambda url: print(url, flush=True))
 
