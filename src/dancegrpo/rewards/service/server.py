@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
@@ -79,13 +80,11 @@ def serve(
 
 def describe_judge(name: str, config: RewardConfig, reward: Reward) -> dict[str, Any]:
     """What `/health` says of a judge. Its options stay here: they may hold paths or keys."""
-    from dancegrpo import __version__
-
     entry = CATALOG.get(config.judge)
     return {
         "name": name,
         "judge": identity(config),
-        "version": __version__,
+        "version": version("dancegrpo"),
         # A wrapper from `load_reward` shows the frames of clips, one by one, to a judge of pictures.
         "takes": "either" if entry is None or hasattr(reward, "reward") else entry.takes,
         "batch_size": own_batch_size(reward),
