@@ -57,6 +57,20 @@ def test_jsonl_fields(tmp_path: Path) -> None:
     assert (two.negative, three.negative) == ("", "config's")
 
 
+def test_geneval_records_are_read_as_published_with_the_tag_as_task(tmp_path: Path) -> None:
+    rows = [
+        {"tag": "counting", "include": [{"class": "cup", "count": 2}], "exclude": [], "prompt": "two cups"},
+        {"tag": "counting", "include": [], "task": "own", "prompt": "a cup"},
+        {"tag": "holiday", "prompt": "a beach"},
+    ]
+    path = write(tmp_path, "evaluation_metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    first, second, third = open_prompts(path, column="prompt")
+    assert first.text == "two cups"
+    assert first.metadata == {"tag": "counting", "include": rows[0]["include"], "exclude": [], "task": "counting"}
+    assert second.metadata["task"] == "own"
+    assert third.metadata == {"tag": "holiday"}
+
+
 def test_csv_cells(tmp_path: Path) -> None:
     text = 'text,negative,metadata,source\r\n"a, ""b""\r\nc",own,"{""k"": 1}",x\r\n\r\nplain,,,\r\n'
     first, second = open_prompts(write(tmp_path, "p.csv", "\ufeff" + text), negative="config's")

@@ -104,6 +104,15 @@ def test_summary_counts_passes_by_task() -> None:
     assert summary.pass_column == "shapes/pass"
 
 
+def test_the_task_mean_weighs_tasks_alike_however_many_rows_they_have() -> None:
+    summary = summarize(evaluation([1, 0, 1, 1, 0, 1, 1]))
+    assert summary.task_mean("shapes/pass") == pytest.approx((2 / 3 + 3 / 4) / 2)
+
+
+def test_columns_without_verdicts_have_no_task_mean() -> None:
+    assert summarize(evaluation([1, 0])).task_mean("shapes") is None
+
+
 def test_invalid_rows_leave_the_summary_whatever_they_hold() -> None:
     summary = summarize(evaluation([1, 1, None, float("nan"), 0], [True, False, True, True, True]))
     assert summary.passes["shapes/pass"] == pass_rate(1, 2)

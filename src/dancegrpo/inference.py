@@ -103,6 +103,7 @@ def _as_json(trained: Trained, summary: Summary, comparison: Comparison | None) 
     for column, rate in summary.passes.items():
         result[column] = {"rate": rate.rate, "low": rate.low, "high": rate.high, "total": rate.total}
         result[f"{column}/tasks"] = {task: r.rate for task, r in summary.tasks.get(column, {}).items()}
+        result[f"{column}/task_mean"] = summary.task_mean(column)
     if comparison is not None:
         gains = {
             c: {"before": g.before, "after": g.after, "gain": g.gain, "low": g.low, "high": g.high, "n": g.n}
@@ -123,6 +124,8 @@ def _as_table(summary: Summary, comparison: Comparison | None) -> str:
                 f"   start {gain.before:.4f}   gain {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}], n={gain.n}"
             )
         lines.append(line)
+        if (mean_of_tasks := summary.task_mean(column)) is not None:
+            lines.append(f"{'  mean of the tasks':24} {mean_of_tasks:.4f}")
         for task, rate in summary.tasks.get(column, {}).items():
             line = f"  {task:22} {rate.rate:.4f} [{rate.low:.4f}, {rate.high:.4f}]"
             if comparison is not None and task in comparison.tasks.get(column, {}):

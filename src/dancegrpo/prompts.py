@@ -63,7 +63,10 @@ class Fields:
     folder: Path
 
     def prompt(self, index: int, record: Mapping[str, Any], where: str) -> Prompt:
-        """Fields of other names join the metadata, where `metadata` itself comes first. PromptError names `where`."""
+        """Fields of other names join the metadata, where `metadata` itself comes first. PromptError names `where`.
+
+        A record in GenEval's form (`tag` and `include`) gets its tag as `task` too.
+        """
         if self.column not in record:
             raise PromptError(f"{where} {self.missing(record)}")
         text, negative = record[self.column], record.get("negative")
@@ -75,6 +78,9 @@ class Fields:
             raise PromptError(f"{where}: negative={negative!r} is not text: put it in quotes")
         others = {k: v for k, v in record.items() if k not in (self.column, "negative", "image", "metadata")}
         metadata = {**others, **self._metadata(record.get("metadata"), where)}
+        if "task" not in metadata and "include" in metadata and isinstance(metadata.get("tag"), str):
+            # GenEval's records call it `tag`; evaluations give a rate for each `task`.
+            metadata["task"] = metadata["tag"]
         own = self.negative if negative is None else negative
         return Prompt(index, text, own, self._image(record.get("image"), where), metadata)
 

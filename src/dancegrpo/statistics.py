@@ -63,6 +63,14 @@ class Summary:
         """The column that stands for the run: the first one that holds pass verdicts."""
         return next(iter(self.passes), None)
 
+    def task_mean(self, column: str) -> float | None:
+        """Mean of the tasks' pass rates, each task alike however many rows it has; None without tasks.
+
+        column: one with verdicts, "<judge>/pass". GenEval's score (arXiv:2310.11513) is that of its six tasks.
+        """
+        rates = [rate.rate for rate in self.tasks.get(column, {}).values()]
+        return sum(rates) / len(rates) if rates else None
+
 
 @dataclass(frozen=True)
 class Comparison:
