@@ -151,8 +151,8 @@ def test_the_build_makes_loadable_pipelines_from_nothing(tmp_path):
         "flux_steps": 2,
         "guided_steps": 2,
         "sd_steps": 2,
-        "batch": 4,
-        "guided_batch": 8,
+        "flux_batch": 10,
+        "sd_batch": 4,
         "look_every": 2,
         "prompts": 6,
     }
@@ -167,4 +167,4 @@ def test_the_build_command_explains_itself():
     shown = subprocess.run(
         [sys.executable, "-m", "dancegrpo.shapes.build", "--help"], capture_output=True, text=True, check=True
     )
-    assert "--target" in shown.stdout
+    assert "--flux-steps" in shown.stdout

@@ -35,13 +35,12 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 DROPPED_CAPTIONS = 0.1
-"""Share of captions replaced by the empty one for classifier-free guidance (shapes-sd)."""
+"""Share of captions replaced by the empty one, for classifier-free guidance."""
 KL_WEIGHT = 5e-3
 """Large enough that each latent element carries about one nat: then the decoder forgives an imperfect denoiser."""
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 2e-3
 """Of the denoisers, after a warm-up of 100 steps."""
-GUIDED_LEARNING_RATE = 2e-3
-COOL_DOWN = 0.3
+COOL_DOWN = 0.5
 """Share of the denoiser's steps over which the rate falls to zero."""
 
 
@@ -234,20 +233,31 @@ def train_text(tokenizer: Any, encoder: Any, *, steps: int, seed: int) -> float:
 
 
 def train_flux(
-    pipeline: FluxPipeline, latents: Tensor, captions: Sequence[str], *, steps: int, batch: int, seed: int
+    pipeline: FluxPipeline,
+    latents: Tensor,
+    captions: Sequence[str],
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    taught: float = 0.0,
+    rate: float = LEARNING_RATE,
 ) -> Iterator[Progress]:
-    """Flow matching, x_t = (1 - s) x0 + s noise, target noise - x0 (arXiv:2210.02747), on frozen text encoders.
+    """Flow matching, x_t = (1 - s) x0 + s noise, target noise - x0 (arXiv:2210.02747); the text encoders learn too.
 
-    s is uniform, then shifted as the sampler's schedule is. Yields after every step; when exhausted, the
-    pipeline holds the averaged weights.
+    s is uniform, then shifted as the sampler's schedule is. A tenth of the captions is emptied. Guidance is 1, but for
+    a share `taught` of the rows: these give the guidance embedding its meaning, one call for what would be two of
+    classifier-free guidance. They regress u + (w - 1) (v(caption) - v("")), w uniform in [1, 4.5], where v is the
+    averaged model itself at guidance 1 (guidance distillation, arXiv:2210.03142, with a moving teacher).
+    Yields after every step; when exhausted, the pipeline holds the averaged weights.
     """
     distinct, index_of = _distinct(captions)
-    with torch.no_grad():
-        pooled = pipeline.text_encoder(_tokens(pipeline.tokenizer, distinct)).pooler_output
-        words = pipeline.text_encoder_2(_tokens(pipeline.tokenizer_2, distinct)).last_hidden_state
-    image_ids = pipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)
-    text_ids = torch.zeros(TEXT_TOKENS, 3)
+    told, empty = _flux_reader(pipeline, [*distinct, ""]), len(distinct)
     shift, scale = pipeline.vae.config.shift_factor, pipeline.vae.config.scaling_factor
+    live = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2])
+    live.requires_grad_(True)
+    teacher = copy.deepcopy(live).requires_grad_(False)
+    plain = batch - round(taught * batch)
 
     def loss(generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(latents), (batch,), generator=generator)
@@ -255,44 +265,34 @@ def train_flux(
         sigma = torch.rand(batch, generator=generator)
         sigma = FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
         noise = torch.randn(x0.shape, generator=generator)
-        row = index_of[chosen]
-        velocity = pipeline.transformer(
-            hidden_states=x0 + sigma[:, None, None] * (noise - x0),
-            timestep=sigma,
-            guidance=FLUX_GUIDANCE - 0.5 + torch.rand(batch, generator=generator),
-            pooled_projections=pooled[row],
-            encoder_hidden_states=words[row],
-            txt_ids=text_ids,
-            img_ids=image_ids,
-        ).sample
-        return F.mse_loss(velocity, noise - x0)
+        x, target, row = x0 + sigma[:, None, None] * (noise - x0), noise - x0, index_of[chosen]
+        row[: round(DROPPED_CAPTIONS * batch)] = empty
+        guidance = 1 + FLUX_GUIDANCE * torch.rand(batch, generator=generator)
+        guidance[:plain] = 1.0
+        if plain < batch:
+            with torch.no_grad():
+                rows = torch.cat([row[plain:], torch.full((batch - plain,), empty)])
+                twice, sigmas = torch.cat([x[plain:]] * 2), torch.cat([sigma[plain:]] * 2)
+                with_text, without = told(teacher, twice, sigmas, rows, torch.ones(len(rows))).chunk(2)
+                target[plain:] += (guidance[plain:] - 1)[:, None, None] * (with_text - without)
+        return F.mse_loss(told(live, x, sigma, row, guidance), target)
 
-    yield from _train(pipeline.transformer, loss, steps=steps, seed=seed)
+    for progress in _train(live, loss, steps=steps, seed=seed, rate=rate):
+        if taught:
+            with torch.no_grad():
+                torch._foreach_copy_(list(teacher.parameters()), progress.average.mean)
+        yield progress
+    live.requires_grad_(False)
 
 
-def guide_flux(
-    pipeline: FluxPipeline, latents: Tensor, captions: Sequence[str], *, steps: int, batch: int, seed: int
-) -> Iterator[Progress]:
-    """Gives the guidance embedding its meaning: one call becomes what two calls of classifier-free guidance would be.
-
-    Continues a plainly trained pipeline, text encoders included. An eighth of the captions is emptied, another eighth
-    trained plainly at guidance 1; the rest regress u + (w - 1) * (v(caption) - v("")), w uniform in [1, 4.5], where v
-    is the averaged model itself at guidance 1 (guidance distillation, arXiv:2210.03142, with a moving teacher).
-    Yields as `train_flux`.
-    """
-    distinct, index_of = _distinct(captions)
-    clip_ids = _tokens(pipeline.tokenizer, [*distinct, ""])
-    t5_ids = _tokens(pipeline.tokenizer_2, [*distinct, ""])
+def _flux_reader(pipeline: FluxPipeline, captions: list[str]) -> Callable[..., Tensor]:
+    """`velocity(networks, x, sigma, row, guidance)` at the captions of these rows; networks: transformer, CLIP, T5."""
+    clip_ids, t5_ids = _tokens(pipeline.tokenizer, captions), _tokens(pipeline.tokenizer_2, captions)
     image_ids = pipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)
     text_ids = torch.zeros(TEXT_TOKENS, 3)
-    shift, scale = pipeline.vae.config.shift_factor, pipeline.vae.config.scaling_factor
-    live = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2])
-    live.requires_grad_(True)
-    teacher = copy.deepcopy(live).requires_grad_(False)
-    plain = batch // 4
 
-    def velocity(model: nn.ModuleList, x: Tensor, sigma: Tensor, row: Tensor, guidance: Tensor) -> Tensor:
-        transformer, clip, t5 = model
+    def velocity(networks: nn.ModuleList, x: Tensor, sigma: Tensor, row: Tensor, guidance: Tensor) -> Tensor:
+        transformer, clip, t5 = networks
         return transformer(
             hidden_states=x,
             timestep=sigma,
@@ -303,28 +303,7 @@ def guide_flux(
             img_ids=image_ids,
         ).sample
 
-    def loss(generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(latents), (batch,), generator=generator)
-        x0 = pipeline._pack_latents((latents[chosen] - shift) * scale, batch, *latents.shape[1:])
-        sigma = torch.rand(batch, generator=generator)
-        sigma = FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
-        noise = torch.randn(x0.shape, generator=generator)
-        x, target, row = x0 + sigma[:, None, None] * (noise - x0), noise - x0, index_of[chosen]
-        row[: plain // 2] = len(distinct)
-        guidance = 1 + FLUX_GUIDANCE * torch.rand(batch, generator=generator)
-        guidance[:plain] = 1.0
-        with torch.no_grad():
-            rows = torch.cat([row[plain:], torch.full((batch - plain,), len(distinct))])
-            twice, sigmas = torch.cat([x[plain:]] * 2), torch.cat([sigma[plain:]] * 2)
-            told, untold = velocity(teacher, twice, sigmas, rows, torch.ones(len(rows))).chunk(2)
-            target[plain:] += (guidance[plain:] - 1)[:, None, None] * (told - untold)
-        return F.mse_loss(velocity(live, x, sigma, row, guidance), target)
-
-    for progress in _train(live, loss, steps=steps, seed=seed, rate=GUIDED_LEARNING_RATE, cool_down=1.0):
-        with torch.no_grad():
-            torch._foreach_copy_(list(teacher.parameters()), progress.average.mean)
-        yield progress
-    live.requires_grad_(False)
+    return velocity
 
 
 def train_sd(
@@ -369,13 +348,12 @@ def _train(
     steps: int,
     seed: int,
     rate: float = LEARNING_RATE,
-    cool_down: float = COOL_DOWN,
 ) -> Iterator[Progress]:
-    """AdamW at a constant rate that falls linearly to zero over the last `cool_down` of the steps."""
+    """AdamW at a constant rate that falls linearly to zero over the last `COOL_DOWN` of the steps."""
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 100, (1 - step / steps) / cool_down)
+        optimizer, lambda step: min(1.0, (step + 1) / 100, (1 - step / steps) / COOL_DOWN)
     )
     average, generator = Average(model, 0.99), torch.Generator().manual_seed(seed)
     recent = 0.0
@@ -413,7 +391,7 @@ def deployment(pipeline: FluxPipeline | StableDiffusionPipeline) -> dict[str, An
     """The call arguments at which the pass rates are stated."""
     if type(pipeline).__name__ == "FluxPipeline":
         return {"num_inference_steps": 8, "guidance_scale": FLUX_GUIDANCE, "max_sequence_length": TEXT_TOKENS}
-    return {"num_inference_steps": 10, "guidance_scale": 3.0}
+    return {"num_inference_steps": 10, "guidance_scale": 1.5}
 
 
 def pass_rates(pipeline: FluxPipeline | StableDiffusionPipeline, n: int, seed: int = 1234) -> dict[str, float]:
