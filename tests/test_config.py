@@ -81,7 +81,7 @@ def test_published_adapters_sit_on_attention() -> None:
     assert set(lora.target_modules) == {"to_q", "to_k", "to_v", "to_out.0"}
 
 
-@pytest.mark.parametrize(("name", "steps", "guidance"), [("shapes-flux", 6, 1.5), ("shapes-sd", 8, 1.5)])
+@pytest.mark.parametrize(("name", "steps", "guidance"), [("shapes-flux", 6, 1.5), ("shapes-sd", 8, 1.0)])
 def test_shapes_recipes_measure_on_held_out_prompts(name: str, steps: int, guidance: float) -> None:
     c = load_config(name)
     assert (c.name, c.model.path, c.model.height, c.model.width) == (name, name, 64, 64)
