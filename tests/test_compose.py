@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from dancegrpo.algorithms.grpo import GRPO
 from dancegrpo.config import RewardConfig, load_config
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
-from dancegrpo.rewards import Binary, OverFrames, Scores, load_reward
+from dancegrpo.rewards import Binary, Judges, OverFrames, Scores, load_reward
+from dancegrpo.rewards.compose import TimeLimit
+from dancegrpo.rewards.weights import NetworkReward
 
 PROMPTS = [Prompt(0, "a"), Prompt(1, "b"), Prompt(2, "c")]
 
@@ -63,6 +67,96 @@ def test_gradients_reach_every_frame():
     media = clips([0.2, 0.4]).requires_grad_()
     OverFrames(Brightness())(media, PROMPTS[:1]).values.sum().backward()
     torch.testing.assert_close(media.grad, torch.full_like(media, 1 / media.numel()))
+
+
+def test_a_batch_of_clips_that_fails_takes_no_other_along():
+    class Broken(Brightness):
+        def __call__(self, media, prompts):
+            if "b" in [prompt.text for prompt in prompts]:
+                raise RuntimeError("no memory")
+            return super().__call__(media, prompts)
+
+    judges = Judges({"bright": OverFrames(Broken(batch_size=1))})
+    judged = judges.score(clips([0.1, 0.1], [0.2, 0.2], [0.3, 0.3]), PROMPTS)["bright"]
+    assert judged.valid.tolist() == [True, False, True]
+
+
+def test_a_judge_that_hangs_leaves_its_batch_without_scores_and_answers_again_later():
+    go_on = threading.Event()
+
+    class Slow(Brightness):
+        def __call__(self, media, prompts):
+            assert go_on.wait(20)
+            return super().__call__(media, prompts)
+
+    judge, media = TimeLimit(Slow(), 0.05), clips([0.5])
+    assert judge(media, PROMPTS[:1]).causes == {"no answer within 0.05 s": 1}
+    assert judge(media, PROMPTS[:1]).causes == {"the judge still works on an earlier batch": 1}
+    go_on.set()
+    judge._hung.join()
+    judge.seconds = 20
+    assert judge(media, PROMPTS[:1]).values.tolist() == [0.5]
+
+
+def test_what_a_timed_judge_raises_is_raised():
+    class Broken(Brightness):
+        def __call__(self, media, prompts):
+            raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        TimeLimit(Broken(), 20)(clips([0.5]), PROMPTS[:1])
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_graph_is_recorded_only_where_the_caller_wants_one(remote, timed, wanted):
+    class Learned(torch.nn.Linear):
+        name, differentiable, batch_size = "learned", True, None
+
+        def forward(self, media, prompts):
+            values = super().forward(media.flatten(1))[:, 0]
+            return Scores(values, torch.ones_like(values, dtype=torch.bool))
+
+    judge = Learned(12, 1)
+    judge.remote = remote
+    with torch.set_grad_enabled(wanted):
+        judged = Judges({"l": TimeLimit(judge, 20) if timed else judge}).score(clips([0.5]), PROMPTS[:1])["l"]
+    assert judged.values.requires_grad == wanted
+
+
+def test_judges_that_agree_on_too_few_samples_stop_the_run():
+    half = torch.tensor([True, True, True, False, False, False])
+    scores = {
+        "a": Scores(torch.zeros(6), half, causes={"blurred": 3}),
+        "b": Scores(torch.zeros(6), ~half, causes={"dark": 3}),
+    }
+    with pytest.raises(RewardError, match=r"scored 3 of 6 samples \(all trained judges together 0\)"):
+        Judges({"a": Brightness(), "b": Brightness()}).require_valid(scores)
+    Judges({"a": Brightness(), "b": Brightness()}, {"a": 1.0, "b": 0.0}).require_valid(scores)
+
+
+class Network(torch.nn.Module):
+    """A body, a head, and a buffer that 16 bits would ruin."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+        self.register_buffer("frequencies", torch.tensor([1.0, 1e-6]))
+
+
+def test_a_number_format_is_of_weights_but_not_of_buffers_nor_of_what_stays_precise():
+    network, bias = Network(), torch.tensor([5.0123])
+    network.head.bias = torch.nn.Parameter(bias.clone())
+
+    class Judge(NetworkReward):
+        name = "judge"
+
+    judge = Judge(network, batch_size=1, dtype="bfloat16", full_precision="head")
+    assert judge.model.body.weight.dtype == torch.bfloat16
+    assert judge.model.frequencies.tolist() == pytest.approx([1.0, 1e-6])
+    assert judge.model.head.bias.equal(bias)
+    assert not any(parameter.requires_grad for parameter in judge.model.parameters())
 
 
 def test_a_threshold_makes_scores_zero_or_one_and_keeps_them():

@@ -45,7 +45,7 @@ def test_files_are_scored_in_the_order_a_person_counts_whatever_their_sizes(tmp_
     folder.mkdir()
     for number, level, size in ((10, 255, (6, 4)), (2, 51, (5, 5)), (1, 0, (6, 4))):
         picture(folder / f"{number}.png", level, size)
-    rows = score_files(JUDGE, ["options.times=2"], [folder], prompts=None, prompt="x")
+    rows = score_files(JUDGE, ["options.times=2"], [folder], prompt="x")
     assert [row.file.name for row in rows] == ["1.png", "2.png", "10.png"]
     assert [row.value for row in rows] == pytest.approx([0.0, 0.4, 2.0])
 
@@ -54,7 +54,7 @@ def test_prompts_go_with_files_and_a_failure_is_told_not_numbered(tmp_path):
     for name in "ab":
         picture(tmp_path / f"{name}.png", 255)
     (tmp_path / "prompts.txt").write_text("loud\nsilent\n")
-    rows = score_files(JUDGE, [], [tmp_path], prompts=str(tmp_path / "prompts.txt"), prompt=None)
+    rows = score_files(JUDGE, [], [tmp_path], prompts=str(tmp_path / "prompts.txt"))
     assert [(row.prompt, row.value, row.cause) for row in rows] == [
         ("loud", 1.0, None),
         ("silent", None, "the score is not a finite number"),
@@ -64,7 +64,7 @@ def test_prompts_go_with_files_and_a_failure_is_told_not_numbered(tmp_path):
 def test_a_clip_is_scored_by_all_its_frames(tmp_path):
     frames = [Image.new("RGB", (4, 4), (level,) * 3) for level in (0, 255)]
     frames[0].save(tmp_path / "clip.webp", save_all=True, append_images=frames[1:], lossless=True)
-    (row,) = score_files(JUDGE, [], [tmp_path / "clip.webp"], prompts=None, prompt="x")
+    (row,) = score_files(JUDGE, [], [tmp_path / "clip.webp"], prompt="x")
     assert row.value == pytest.approx(0.5)
 
 
@@ -95,6 +95,44 @@ def test_a_damaged_file_is_named(tmp_path, suffix, content):
         read_media(path)
 
 
+def test_sixteen_bit_pictures_are_refused_rather_than_read_as_white(tmp_path):
+    Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)).save(tmp_path / "deep.png")
+    with pytest.raises(MediaError, match=r"deep\.png has more than 8 bits per channel"):
+        read_media(tmp_path / "deep.png")
+
+
+def test_a_clip_without_video_is_named(tmp_path):
+    with av.open(str(tmp_path / "sound.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 8000
+        file.mux(stream.encode(sound))
+        file.mux(stream.encode())
+    with pytest.raises(MediaError, match=r"sound\.mp4 has no video in it"):
+        read_media(tmp_path / "sound.mp4")
+
+
+def test_names_with_odd_digits_are_sorted_all_the_same(tmp_path):
+    for name in ("1²3.png", "10.png", "9.png"):
+        picture(tmp_path / name, 0)
+    assert [path.name for path in find_media([tmp_path])] == ["1²3.png", "9.png", "10.png"]
+
+
+def test_many_shapes_are_scored_without_holding_them_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("dancegrpo.judging._HELD", 3)
+    for number in range(8):
+        picture(tmp_path / f"{number}.png", number, (number + 1, 2))
+    rows = score_files(JUDGE, [], [tmp_path], prompt="x")
+    assert [row.value for row in rows] == pytest.approx([number / 255 for number in range(8)])
+
+
+def test_the_prompts_column_can_be_named(tmp_path):
+    picture(tmp_path / "a.png", 255)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a dog", "tag": "single_object", "include": []}\n')
+    (row,) = score_files(JUDGE, [], [tmp_path / "a.png"], prompts=str(tmp_path / "p.jsonl"), column="prompt")
+    assert row.prompt == "a dog"
+
+
 def test_a_truncated_picture_is_named(tmp_path):
     whole = tmp_path / "whole.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
@@ -119,7 +157,7 @@ def test_as_many_prompts_as_files_are_asked_for(tmp_path):
     picture(tmp_path / "a.png", 0)
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     with pytest.raises(PromptError, match="2 prompts for 1 files"):
-        score_files(JUDGE, [], [tmp_path], prompts=str(tmp_path / "prompts.txt"), prompt=None)
+        score_files(JUDGE, [], [tmp_path], prompts=str(tmp_path / "prompts.txt"))
     with pytest.raises(PromptError, match="both given"):
         score_files(JUDGE, [], [tmp_path], prompts=str(tmp_path / "prompts.txt"), prompt="x")
 
@@ -136,7 +174,7 @@ def test_as_many_prompts_as_files_are_asked_for(tmp_path):
 def test_a_wrong_judge_or_setting_is_one_line(tmp_path, judge, overrides, error, message):
     picture(tmp_path / "a.png", 0)
     with pytest.raises(error, match=message) as refused:
-        score_files(judge, overrides, [tmp_path], prompts=None, prompt="x")
+        score_files(judge, overrides, [tmp_path], prompt="x")
     assert "\n" not in str(refused.value)
 
 
@@ -167,6 +205,13 @@ def test_every_shipped_judge_is_listed_with_what_it_needs(monkeypatch):
 def test_weights_in_the_cache_are_seen(monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file: f"/cache/{file}")
     assert all(here for judge in list_judges() for _, here in judge.weights)
+
+
+@pytest.mark.parametrize(("line", "here"), [("numpy>=1", True), ("no-such-package", False), (None, False)])
+def test_an_extra_counts_as_installed_where_all_of_it_is(monkeypatch, line, here):
+    lines = [f'{line}; extra == "ocr"'] if line else ["torch", "wandb; extra == 'wandb'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
+    assert {judge.name: judge.extra for judge in list_judges()}["ocr"] == ("ocr", here)
 
 
 @pytest.mark.parametrize("name", sorted(CATALOG))

@@ -753,3 +753,12 @@ def test_a_stopped_server_finishes_what_it_accepted_and_tells_no_token(tmp_path,
     finally:
         process.kill()
         process.wait()
+
+
+def test_replicas_with_other_settings_are_other_judges_wherever_their_files_are():
+    def named(**options):
+        return identity(RewardConfig(judge="jpeg", options=options))
+
+    assert named(incompressible=True) != named()
+    assert named(weights="/a/x.pt", device="cuda:1", batch_size=4) == named(weights="/b/x.pt")
+    assert identity(RewardConfig(judge="jpeg", threshold=0.5)) != named()

@@ -231,5 +231,5 @@ def test_samples_of_different_sizes_are_refused():
 
 
 def test_another_machines_words_become_one_short_printable_line():
-    assert wire.clip("a\nb\x1b[31m\u202ec") == "a b?[31m?c"
-    assert len(wire.clip("x" * 10_000)) == 300
+    assert wire.shorten("a\nb\x1b[31m\u202ec") == "a b?[31m?c"
+    assert len(wire.shorten("x" * 10_000)) == 300

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dancegrpo.health import Clock
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import Binary, Judges, Scores
 from dancegrpo.rewards.scoring import runs_elsewhere
@@ -118,14 +118,33 @@ def test_people_are_not_asked_at_evaluations():
     assert judges.score(samples(1), texts(1)).keys() == {"rule"}
 
 
-def test_a_nested_phase_is_not_counted_twice(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("dancegrpo.health.time.perf_counter", lambda: now[0])
-    clock = Clock(torch.device("cpu"))
-    with clock("rollout"):
-        now[0] += 1.0
-        for _ in range(2):
-            with clock("decode"):
-                now[0] += 0.25
-        now[0] += 2.0
-    assert clock.metrics() == {"seconds/rollout": 3.0, "seconds/decode": 0.5, "seconds/total": 3.5}
+def test_another_device_of_the_same_kind_is_elsewhere():
+    judge = Recorder()
+    judge.device = torch.device("cuda:1")
+    assert runs_elsewhere(judge, torch.device("cuda:0"))
+    assert not runs_elsewhere(judge, torch.device("cuda:1"))
+    judge.device = torch.device("cuda")  # the first one
+    assert not runs_elsewhere(judge, torch.device("cuda:0"))
+
+
+def test_media_are_let_go_once_every_judge_has_had_them():
+    judges = Judges({"a": Recorder(batch_size=2), "b": Recorder(batch_size=4)})
+    with judges.scoring(texts(8)) as scoring:
+        media = samples(4)
+        kept = weakref.ref(media)
+        scoring.add(media)
+        del media
+        assert kept() is None
+        scoring.add(samples(8)[4:])
+        assert judges.finish(scoring)["b"].values.tolist() == pytest.approx(
+            [0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07]
+        )
+
+
+def test_an_exception_on_a_judges_thread_reaches_the_caller():
+    class Interrupted(Recorder):
+        def __call__(self, media, prompts):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Judges({"r": Interrupted(remote=True)}).score(samples(1), texts(1))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dancegrpo import load_config, train
 from dancegrpo.errors import CheckpointError, ConfigError, RewardError
 from dancegrpo.run_folder import RunFolder
+from dancegrpo.trainer import _resumed_config
 
 TIMED = ("seconds/", "memory/")
 
@@ -193,3 +194,19 @@ def test_a_negative_prompt_that_would_do_nothing_is_refused(settings):
     settings["prompts"]["negative"] = "blurry"
     with pytest.raises(ConfigError, match=r"prompts\.negative='blurry' would do nothing"):
         train(load_config(settings))
+
+
+def test_a_resumed_run_may_ask_its_service_elsewhere_but_not_another_judge(tmp_path):
+    def recipe(**options):
+        return load_config("shapes-flux", [f"rewards.far={{judge: service, options: {options}}}"])
+
+    class Started:
+        path = tmp_path
+
+        def config(self):
+            return recipe(urls=["http://127.0.0.1:1"], retries=1, batch_size=8)
+
+    moved = recipe(urls=["http://127.0.0.1:2"], retries=9, batch_size=8)
+    assert _resumed_config(Started(), moved, (), None) == moved
+    with pytest.raises(CheckpointError, match=r"rewards\.far\.options\.batch_size \(8 -> 4\)"):
+        _resumed_config(Started(), recipe(urls=["http://127.0.0.1:2"], retries=9, batch_size=4), (), None)

@@ -153,6 +153,7 @@ def score(
         list[Path] | None, typer.Option(help="A picture, a clip, or a folder of them; may be given several times.")
     ] = None,
     prompts: Annotated[str | None, typer.Option(help="A prompt file with one prompt per file, in their order.")] = None,
+    column: Annotated[str, typer.Option(help="The field of a prompt file that holds the text.")] = "text",
     prompt: Annotated[str | None, typer.Option(help="One prompt for all.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the scores to this CSV file too.")] = None,
     as_json: AsJson = False,
@@ -162,7 +163,7 @@ def score(
     from dancegrpo.judging import as_csv, as_table, score_files
     from dancegrpo.judging import as_json as told
 
-    rows = score_files(judge, list(overrides or []), list(media or []), prompts=prompts, prompt=prompt)
+    rows = score_files(judge, list(overrides or []), list(media or []), prompts=prompts, column=column, prompt=prompt)
     if csv is not None:
         write_text(csv, as_csv(rows))
     _print(told(rows), as_table(rows), as_json)

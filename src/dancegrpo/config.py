@@ -175,6 +175,8 @@ class RewardConfig(Frozen):
     """Which frames of a clip a judge of pictures sees; None = `mean` for such judges, the whole clip for others."""
     threshold: Float | None = None
     """Makes the judge binary: 1 where its score reaches this value, else 0. None = its score as it is."""
+    timeout: PositiveFloat | None = None
+    """Seconds for one batch; a judge that takes longer leaves it without scores. None = it may take any time."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Arguments of the judge: plain values, lists and mappings."""
 

@@ -47,6 +47,7 @@ def pictures(
         yield batch, policy.decode(sample(policy, (encode or policy.encode)(batch), noise))
 
 
+@torch.no_grad()
 def evaluate(
     policy: Policy,
     judges: Judges,

@@ -62,8 +62,10 @@ def reward_metrics(scores: Mapping[str, Scores], advantage: Advantage, group: Te
         known = [spread for spread in spreads if spread is not None]
         metrics[f"reward/{name}/group_std"] = sum(known) / len(known) if known else None
         if name in advantage.per_judge:
-            metrics[f"reward/{name}/normalized_mean"] = _mean(advantage.per_judge[name][valid])
-            metrics[f"reward/{name}/normalized_std"] = _std(advantage.per_judge[name][valid])
+            # Where another judge failed, the advantage is 0 by definition and says nothing of this one.
+            normalized = advantage.per_judge[name][valid & advantage.valid]
+            metrics[f"reward/{name}/normalized_mean"] = _mean(normalized)
+            metrics[f"reward/{name}/normalized_std"] = _std(normalized)
         metrics[f"reward/{name}/masked"] = int((~valid).sum())
     selected = advantage.value[advantage.weight > 0]
     return metrics | {

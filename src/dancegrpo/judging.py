@@ -17,9 +17,12 @@ from dancegrpo.errors import PromptError
 from dancegrpo.media import find_media, read_media
 from dancegrpo.prompts import Prompt, open_prompts
 from dancegrpo.rewards import CATALOG, Judges, load_reward
+from dancegrpo.rewards.weights import best_device
 
 _BATCH = 32
 """Files at once, for judges that take any number."""
+_HELD = 64
+"""Files in memory at most while those of one shape are gathered into a batch."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,25 @@ class FileScore:
 
 
 def score_files(
-    judge: str, overrides: Sequence[str], media: Sequence[Path], *, prompts: str | None, prompt: str | None
+    judge: str,
+    overrides: Sequence[str],
+    media: Sequence[Path],
+    *,
+    prompts: str | None = None,
+    column: str = "text",
+    prompt: str | None = None,
 ) -> list[FileScore]:
     """Scores pictures and clips with one judge, in the order of the files.
 
     judge: as in a recipe. overrides: `key=value` of its settings, `options.batch_size=8`. media: files or folders.
-    prompts: a prompt file with one prompt per medium, in the same order; or `prompt`, one text for all; neither = "".
+    prompts: a prompt file with one prompt per medium, in the same order, its text in `column`; or `prompt`, one text
+    for all; neither = "".
     Raises a DanceError where something of it cannot be.
     """
     files = find_media(media)
-    asked = _prompts(prompts, prompt, len(files))
+    asked = _prompts(prompts, column, prompt, len(files))
     config = load_reward_config(judge, overrides)
-    judges = Judges({judge: load_reward(judge, config)})
+    judges = Judges({judge: load_reward(judge, config)}).to(best_device())
     size = judges.rewards[judge].batch_size or _BATCH
     scored: dict[int, FileScore] = {}
     waiting: dict[tuple[int, ...], dict[int, Tensor]] = {}  # files of one shape, until they fill a batch
@@ -62,6 +72,8 @@ def score_files(
         waiting.setdefault(shape, {})[index] = frames
         if len(waiting[shape]) == size:
             flush(shape)
+        elif sum(map(len, waiting.values())) >= _HELD:
+            flush(max(waiting, key=lambda shape: len(waiting[shape])))
     for shape in list(waiting):
         flush(shape)
     return [scored[index] for index in range(len(files))]
@@ -71,7 +83,7 @@ def _score(
     judges: Judges, frames: Sequence[Tensor], prompts: Sequence[Prompt]
 ) -> list[tuple[float | None, dict[str, float], str | None]]:
     (scores,) = judges.score(torch.stack(list(frames)), prompts).values()
-    cause = max(scores.causes, key=lambda name: scores.causes[name], default=None)
+    cause = " or ".join(scores.causes) or None  # a judge says how many fell to each, not which
     columns = {name: column.float().tolist() for name, column in scores.extra.items()}
     valid, values = scores.valid.tolist(), scores.values.tolist()
     return [
@@ -80,12 +92,12 @@ def _score(
     ]
 
 
-def _prompts(source: str | None, text: str | None, count: int) -> list[Prompt]:
+def _prompts(source: str | None, column: str, text: str | None, count: int) -> list[Prompt]:
     if source is None:
         return [Prompt(index, text or "") for index in range(count)]
     if text is not None:
         raise PromptError(f"--prompt {text!r} and --prompts {source} were both given: give one of them.")
-    found = open_prompts(source)
+    found = open_prompts(source, column=column)
     if len(found) != count:
         raise PromptError(f"{source} has {len(found)} prompts for {count} files: give one prompt per file, in order.")
     return list(found)
@@ -166,7 +178,7 @@ def judges_table(judges: Sequence[JudgeInfo]) -> str:
 def _cached(repository: str, file: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    # A repository counts as here where its config is: a half-fetched one is completed when it is loaded.
+    # A repository counts as here where its config is: what is missing of it is fetched when it is loaded.
     return isinstance(try_to_load_from_cache(repository, file or "config.json"), str)
 
 
@@ -178,10 +190,9 @@ def _installed(extra: str) -> bool:
 
     wanted = [Requirement(line) for line in requires("dancegrpo") or []]
     names = [r.name for r in wanted if r.marker is not None and r.marker.evaluate({"extra": extra})]
-    plain = {r.name for r in wanted if r.marker is None}
     try:
-        for name in set(names) - plain:
+        for name in names:
             version(name)
     except PackageNotFoundError:
         return False
-    return True
+    return bool(names)  # none: this installation is older than the group

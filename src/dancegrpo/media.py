@@ -93,7 +93,9 @@ def read_media(path: Path) -> Tensor:
     """
     try:
         frames = _read_clip(path) if path.suffix.lower() in CLIPS else _read_pictures(path)
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{path} has more pixels than can be trusted ({error}): make it smaller.") from error
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:  # PyAV's errors are among them
         raise MediaError(
             f"{path} cannot be read ({type(error).__name__}): the file is damaged, make it again."
         ) from error
@@ -104,6 +106,9 @@ def read_media(path: Path) -> Tensor:
 
 def _read_pictures(path: Path) -> list[np.ndarray]:
     with Image.open(path) as file:
+        if file.mode.startswith(("I", "F")):
+            # Pillow would cut such values off at 255, which is nearly white.
+            raise MediaError(f"{path} has more than 8 bits per channel (mode {file.mode}): save it with 8.")
         frames = []
         for frame in ImageSequence.Iterator(file):
             layer = frame.convert("RGBA")
@@ -116,10 +121,12 @@ def _read_clip(path: Path) -> list[np.ndarray]:
     import av
 
     with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise MediaError(f"{path} has no video in it: name a clip.")
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
 def _counted(name: str) -> list[tuple[int, str]]:
     """A key under which 2.png comes before 10.png."""
-    parts = re.findall(r"\d+|\D+", name)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]

@@ -37,6 +37,8 @@ from dancegrpo.update import Updater
 
 MAY_CHANGE = ("iterations", "output", "checkpoint.", "tracking.")
 """Settings that a resumed run may change: they do not touch what any iteration computes."""
+SERVICE_MAY_CHANGE = ("urls", "token_env", "token_file", "wait", "timeout", "connect_timeout", "retries", "backoff")
+"""Options of a judge behind a service that may change too: where and how it is asked, not what it says."""
 
 
 @dataclass(frozen=True)
@@ -165,15 +167,17 @@ class Trainer:
         with clock("encode"):
             condition = self.encoder.encode(prompts)
         size = config.rollout.group_size
-        with self.judges.scoring([prompt for prompt in prompts for _ in range(size)]) as scoring:
+        drawn = [prompt for prompt in prompts for _ in range(size)]
+        with torch.no_grad(), self.judges.scoring(drawn) as scoring:
 
-            def decode(x0: Tensor) -> None:
+            def judge(x0: Tensor) -> None:
                 with clock("decode"):
                     media = policy.decode(x0)
-                scoring.add(media)
+                with clock("reward"):
+                    scoring.add(media)
 
-            with clock("rollout"), torch.no_grad():
-                trajectory = self.algorithm.collect(policy, condition, iteration, decode)
+            with clock("rollout"):
+                trajectory = self.algorithm.collect(policy, condition, iteration, judge)
             with clock("reward"):
                 scores = {name: verdict.to("cpu") for name, verdict in self.judges.finish(scoring).items()}
         self.judges.require_valid(scores)
@@ -334,7 +338,13 @@ def _resumed_config(
     else:
         wanted = config if isinstance(config, RunConfig) and not overrides else load_config(config, overrides)
     wanted = _with_rewards(wanted, rewards)
-    changed = {key: pair for key, pair in diff_configs(held, wanted).items() if not key.startswith(MAY_CHANGE)}
+    free = tuple(
+        f"rewards.{name}.options.{option}"
+        for name, reward in wanted.rewards.items()
+        for option in SERVICE_MAY_CHANGE
+        if reward.judge == "service"
+    )
+    changed = {key: pair for key, pair in diff_configs(held, wanted).items() if not key.startswith(MAY_CHANGE + free)}
     if changed:
         listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in sorted(changed.items()))
         rule = "resume without them, or start a new run"

@@ -46,9 +46,8 @@ class AestheticReward(NetworkReward):
         self.preprocessing = clip.preprocessing
         path = fetch(*HUB_HEAD, option="head") if head is None else head
         network = AestheticNetwork(clip.model, load_head(path, clip.model.config.projection_dim))
-        super().__init__(network, batch_size=batch_size, dtype=dtype, device=device)
         # A rating near 5 in bfloat16 has steps of 0.03, as large as the differences in a group.
-        network.head.float()
+        super().__init__(network, batch_size=batch_size, dtype=dtype, device=device, full_precision="head")
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score B pictures, media (B, 1, 3, H, W)."""

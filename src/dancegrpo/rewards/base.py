@@ -152,20 +152,23 @@ def _numbers(output: Any, size: int) -> Tensor:
     return values.reshape(size).float()
 
 
-def as_media(media: Tensor) -> Tensor:
-    """Media (B, F, 3, H, W) as floats: uint8 k becomes k/255, float stays as it is.
-
-    Raises RewardError for another shape or type.
-    """
+def check_media(media: Tensor) -> None:
+    """Raises RewardError for anything but (B, F, 3, H, W) of floats or uint8."""
     if media.ndim != 5 or media.shape[2] != 3:
         raise RewardError(
             f"media of shape {tuple(media.shape)} cannot be judged: give (B, F, 3, H, W), F = 1 for pictures."
         )
-    if media.dtype == torch.uint8:
-        return media.float() / 255
-    if not media.is_floating_point():
+    if media.dtype != torch.uint8 and not media.is_floating_point():
         raise RewardError(f"media of type {media.dtype} cannot be judged: give floats in [0, 1] or uint8.")
-    return media
+
+
+def as_media(media: Tensor) -> Tensor:
+    """Media (B, F, 3, H, W) as floats: uint8 k becomes k/255, float stays as it is.
+
+    Raises RewardError as `check_media` does.
+    """
+    check_media(media)
+    return media.float() / 255 if media.dtype == torch.uint8 else media
 
 
 def as_pictures(media: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ CATALOG: dict[str, Entry] = {
         "dancegrpo.rewards.video_align:VideoAlignReward",
         "clips",
         "VideoAlign: a clip's visual quality, motion quality and fit to its prompt, as people rate them",
-        (("KwaiVGI/VideoReward", None), ("Qwen/Qwen2-VL-2B-Instruct", None)),
+        (("KwaiVGI/VideoReward", "model_config.json"), ("Qwen/Qwen2-VL-2B-Instruct", None)),
     ),
     "visionreward": Entry(
         "dancegrpo.rewards.vision_reward:VisionRewardReward",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from dancegrpo.rewards.clip import (
     normalize_pixels,
 )
 from dancegrpo.rewards.open_clip import from_tensors, infer_architecture, published_heads
-from dancegrpo.rewards.weights import check_placement, check_source, fetch, load_pretrained, read_tensors
+from dancegrpo.rewards.weights import check_placement, check_source, fetch, load_pretrained, read_json, read_tensors
 
 HUB_MODEL = "openai/clip-vit-large-patch14"
 """Hub repository of the CLIP that papers report most."""
@@ -190,7 +189,7 @@ def load_preprocessing(source: str, image_size: int) -> Preprocessing:
 
 
 def _load_file(weights: Path, config: Path | None, heads: Sequence[int] | None, quick_gelu: bool | None) -> LoadedClip:
-    model_config = _read_json(config).get("model_cfg", {}) if config else {}
+    model_config = read_json(config).get("model_cfg", {}) if config else {}
     if quick_gelu is None and config is None:
         raise RewardError(
             f"the activation of {str(weights)!r} is unknown: set quick_gelu to true (OpenAI, DFN) or false."
@@ -212,19 +211,9 @@ def _heads(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return int(vision["width"]) // int(vision.get("head_width", 64)), int(text["heads"])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RewardError(f"{str(path)!r} cannot be read ({error}): fetch the file again.") from error
-    if not isinstance(content, dict):
-        raise RewardError(f"{str(path)!r} holds no settings by name: fetch the file again.")
-    return content
-
-
 def _parsed(path: Path, parse: Any, image_size: int) -> Preprocessing:
     try:
-        preprocessing: Preprocessing = parse(_read_json(path), image_size)
+        preprocessing: Preprocessing = parse(read_json(path), image_size)
     except (KeyError, TypeError, ValueError) as error:
         raise RewardError(f"{str(path)!r} asks for a preprocessing that is not CLIP's: {error}.") from error
     if preprocessing.crop != image_size or preprocessing.side < image_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, Self
@@ -55,7 +56,7 @@ class OverFrames(_Wrapped):
         if frames not in ("mean", "worst", "first"):
             raise RewardError(f"frames={frames!r} is unknown: use mean, worst or first.")
         self.reward, self.frames = reward, frames
-        self.name, self.differentiable = reward.name, reward.differentiable
+        self.name, self.differentiable, self.batch_size = reward.name, reward.differentiable, reward.batch_size
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score B clips."""
@@ -99,3 +100,39 @@ class Binary(_Wrapped):
         told = self.reward(media, prompts)
         values = torch.where(told.valid, (told.values >= self.threshold).float(), torch.nan)
         return Scores(values, told.valid, {**told.extra, "score": told.values}, told.causes)
+
+
+class TimeLimit(_Wrapped):
+    """A judge that may hang: a batch without an answer after `seconds` is masked.
+
+    The call under way cannot be stopped, only left alone; until it ends, further batches are masked at once.
+    """
+
+    def __init__(self, reward: Reward, seconds: float) -> None:
+        self.reward, self.seconds = reward, seconds
+        self.name, self.differentiable, self.batch_size = reward.name, reward.differentiable, reward.batch_size
+        self._hung: threading.Thread | None = None
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Score B samples, or none of them."""
+        if self._hung is not None and self._hung.is_alive():
+            return Scores.failed(len(media), "the judge still works on an earlier batch", media.device)
+        told: list[Scores | Exception] = []
+        gradients = torch.is_grad_enabled()  # a new thread has them on
+
+        def ask() -> None:
+            try:
+                with torch.set_grad_enabled(gradients):
+                    told.append(self.reward(media, prompts))
+            except Exception as error:
+                told.append(error)
+
+        thread = threading.Thread(target=ask, name=f"judge-{self.name}-timed", daemon=True)
+        thread.start()
+        thread.join(self.seconds)
+        if not told:
+            self._hung = thread
+            return Scores.failed(len(media), f"no answer within {self.seconds:g} s", media.device)
+        if isinstance(told[0], Exception):
+            raise told[0]
+        return told[0]

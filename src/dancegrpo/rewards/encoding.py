@@ -5,18 +5,18 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from dancegrpo.rewards.base import as_media
 
+def to_bytes(pictures: Tensor) -> np.ndarray:
+    """(..., 3, H, W), uint8 or float in [0, 1], as a (..., H, W, 3) uint8 array on the CPU.
 
-def to_frames(sample: Tensor) -> np.ndarray:
-    """One sample (F, 3, H, W), uint8 or float in [0, 1], as (F, H, W, 3) uint8 on the CPU.
-
-    Floats are rounded as they are for files; a NaN becomes black. Raises RewardError for another shape or type.
+    Floats are rounded as they are for files; a NaN becomes black.
     """
-    frames = as_media(sample.detach()[None])[0].float().nan_to_num(0.0)
-    return (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    if pictures.dtype != torch.uint8:
+        pictures = (pictures.detach().float().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+    return pictures.movedim(-3, -1).contiguous().cpu().numpy()
 
 
 def to_png(frame: np.ndarray) -> bytes:

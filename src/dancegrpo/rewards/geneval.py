@@ -23,6 +23,7 @@ from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores, as_pictures, describe
 from dancegrpo.rewards.clip import TextFeatures, image_features, load_tokenizer, text_features
+from dancegrpo.rewards.encoding import to_bytes
 from dancegrpo.rewards.geneval_rule import COLORS, COUNTING, Detection, Task, Verdict, judge, read_task
 from dancegrpo.rewards.panel import BAD_MEDIA
 from dancegrpo.rewards.weights import NetworkReward, check_placement, check_source, load_pretrained
@@ -104,7 +105,7 @@ class GenEvalReward(NetworkReward):
         chosen = {index: task for index, task in enumerate(tasks) if isinstance(task, Task)}
         if chosen:
             # Bytes, whatever the float: a picture scores the same before and after it was saved.
-            images = (pictures[list(chosen)] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            images = to_bytes(pictures[list(chosen)])
             for (index, task), image, found in zip(chosen.items(), images, self._detect(images), strict=True):
                 told[index] = self._verdict(task, image, found)
         return self._scores(told, media.device)

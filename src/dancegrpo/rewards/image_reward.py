@@ -57,8 +57,7 @@ class ImageRewardReward(NetworkReward):
         network = load_image_reward(tensors, sizes, path)
         self.tokenizer = _load_tokenizer(tokenizer, sizes.vocabulary)
         self.preprocessing = Preprocessing(sizes.image, sizes.image, rounded=True)
-        super().__init__(network, batch_size=batch_size, dtype=dtype, device=device)
-        network.head.float()
+        super().__init__(network, batch_size=batch_size, dtype=dtype, device=device, full_precision="head")
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score B pictures, media (B, 1, 3, H, W)."""

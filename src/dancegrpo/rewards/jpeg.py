@@ -12,6 +12,7 @@ from torch import Tensor
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores, as_pictures
+from dancegrpo.rewards.encoding import to_bytes
 
 
 class JpegReward:
@@ -24,7 +25,8 @@ class JpegReward:
     name = "jpeg"
     differentiable = False
     pictures_only = True
-    batch_size: int | None = None
+    batch_size: int | None = 64
+    device = torch.device("cpu")
 
     def __init__(self, incompressible: bool = False, quality: int = 95) -> None:
         if not isinstance(quality, int) or not 1 <= quality <= 95:
@@ -52,8 +54,3 @@ class JpegReward:
     def to(self, device: Any) -> JpegReward:
         """Nothing to move: the pictures are compressed on the CPU."""
         return self
-
-
-def to_bytes(pictures: Tensor) -> Any:
-    """(N, 3, H, W) float in [0, 1] -> (N, H, W, 3) uint8 array, rounded."""
-    return (pictures.detach().float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -15,7 +15,7 @@ from dancegrpo.config import RewardConfig
 from dancegrpo.errors import DanceError, RewardError
 from dancegrpo.rewards.base import FunctionReward, Reward, describe
 from dancegrpo.rewards.catalog import CATALOG
-from dancegrpo.rewards.compose import Binary, OverFrames
+from dancegrpo.rewards.compose import Binary, OverFrames, TimeLimit
 from dancegrpo.rewards.panel import Judges
 
 IN_PYTHON = "python:"
@@ -34,12 +34,14 @@ def load_reward(name: str, config: RewardConfig) -> Reward:
     `config.judge` is a shipped name or `package.module:attribute`, looked up in the current folder too. The attribute
     is a class (built with the options), an object that is a `Reward` already, or a function in the convention of
     `FunctionReward`: its options become keyword arguments, but for `batch_size`, which bounds the images per call.
-    `config.frames` and `config.threshold` wrap it in `OverFrames` and `Binary`.
+    `config.frames`, `config.timeout` and `config.threshold` wrap it in `OverFrames`, `TimeLimit` and `Binary`.
     Raises RewardError for an unknown judge, a failing import, a missing or unknown option.
     """
     reward = _load(name, config)
     if config.frames or getattr(reward, "pictures_only", False):
         reward = OverFrames(reward, config.frames or "mean")
+    if config.timeout is not None:
+        reward = TimeLimit(reward, config.timeout)
     return reward if config.threshold is None else Binary(reward, config.threshold)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores, as_pictures, describe
-from dancegrpo.rewards.jpeg import to_bytes
+from dancegrpo.rewards.encoding import to_bytes
 
 NO_TEXT = "the prompt asks for no text in quotation marks"
 """Cause under which samples whose prompt wants nothing written are counted."""
@@ -34,7 +34,8 @@ class OCRReward:
     name = "ocr"
     differentiable = False
     pictures_only = True
-    batch_size: int | None = None
+    batch_size: int | None = 64
+    device = torch.device("cpu")
 
     def __init__(
         self,

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
-from dancegrpo.rewards.base import NOT_FINITE, Reward, Scores, as_media, describe
+from dancegrpo.rewards.base import NOT_FINITE, Reward, Scores, as_media, check_media, describe
 from dancegrpo.rewards.scoring import Scoring
 
 MIN_VALID_FRACTION = 0.5
-"""Share of an iteration's samples that each trained judge must score, or the run stops."""
+"""Share of an iteration's samples that every trained judge must have scored, or the run stops."""
 BAD_MEDIA = "the picture has values outside [0, 1] or not finite"
 """Cause under which samples with broken pixels are counted."""
+
+_TOLD_CAUSES = 8
+"""Different causes that are logged per judge: a judge whose every failure reads differently must not fill the log."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ class Judges:
         for name, reward in self.rewards.items():
             if reward.batch_size is not None and reward.batch_size < 1:
                 raise RewardError(f"judge {name!r} has batch_size={reward.batch_size}: use 1 or more, or none.")
-        self._warned: set[str] = set()
+        self._warned: dict[str, set[str]] = {}
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -64,7 +67,8 @@ class Judges:
         Raises RewardError for media of another shape or type, ValueError where media and prompts differ in number.
         """
         with self.scoring(prompts) as scoring:
-            scoring.add(as_media(media))
+            check_media(media)
+            scoring.add(media)
             return self.finish(scoring)
 
     def scoring(self, prompts: Sequence[Prompt]) -> Scoring:
@@ -80,23 +84,29 @@ class Judges:
     def require_valid(self, scores: Mapping[str, Scores]) -> None:
         """Refuse to train on an iteration that too few samples of came through.
 
-        scores: of all samples of the iteration. Raises RewardError naming the judge, its count and its main cause where
-        a trained judge has fewer than `MIN_VALID_FRACTION` valid scores.
+        scores: of all samples of the iteration. Raises RewardError naming the judge that failed most, its count and its
+        main cause where fewer than `MIN_VALID_FRACTION` of the samples are valid for all trained judges.
         """
-        for name in self.trained:
-            total, valid = len(scores[name]), int(scores[name].valid.sum())
-            if valid < MIN_VALID_FRACTION * total:
-                raise RewardError(
-                    f"judge {name!r} scored {valid} of {total} samples, and training needs {MIN_VALID_FRACTION:.0%}: "
-                    f"mend the judge or its input ({_main_cause(scores[name])})."
-                )
+        if not self.trained:
+            return
+        known = torch.stack([scores[name].valid for name in self.trained]).all(dim=0)
+        total, valid = len(known), int(known.sum())
+        if valid < MIN_VALID_FRACTION * total:
+            worst = min(self.trained, key=lambda name: int(scores[name].valid.sum()))
+            of_all = "" if len(self.trained) == 1 else f" (all trained judges together {valid})"
+            raise RewardError(
+                f"judge {worst!r} scored {int(scores[worst].valid.sum())} of {total} samples{of_all}, and training "
+                f"needs {MIN_VALID_FRACTION:.0%}: mend the judge or its input ({_main_cause(scores[worst])})."
+            )
 
     def _warn(self, scores: Mapping[str, Scores]) -> None:
+        """Logs each judge's causes the first time they turn up, and at most a handful of them."""
         for name, verdict in scores.items():
-            if verdict.causes and name not in self._warned:
-                self._warned.add(name)
-                masked, cause = int((~verdict.valid).sum()), _main_cause(verdict)
-                _log.warning("judge %r: %d of %d samples have no score: %s", name, masked, len(verdict), cause)
+            told = self._warned.setdefault(name, set())
+            for cause, count in verdict.causes.items():
+                if cause not in told and len(told) < _TOLD_CAUSES:
+                    told.add(cause)
+                    _log.warning("judge %r: %d of %d samples have no score: %s", name, count, len(verdict), cause)
 
 
 def _ask(reward: Reward, media: Tensor, prompts: Sequence[Prompt]) -> Scores:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import Self
 
 import torch
@@ -19,8 +22,10 @@ class Scoring:
     """The scores of samples that arrive piece by piece, in order: `add` each piece, then take `result`.
 
     A judge's batches are cut at multiples of its batch size, counted from the first sample, however the samples arrive
-    and whenever the judge runs: so overlapping changes no score. Judges that run elsewhere (a service, another device)
-    get a thread of their own and start on a batch as soon as it is complete, the others run when `result` is called.
+    and wherever the judge runs: so overlapping changes no score. A judge is asked about a batch as soon as it is
+    complete, and media are let go once every judge has had them; one without a batch size is asked at the end, about
+    all. Judges that run elsewhere (a service, another device) have a thread of their own, so that the next samples are
+    made meanwhile. Gradients are recorded where they were when this was made.
 
     prompts: of all samples, in order. ask: scores one batch by one judge; must not raise.
     """
@@ -28,17 +33,19 @@ class Scoring:
     def __init__(self, rewards: Mapping[str, Reward], prompts: Sequence[Prompt], ask: Ask) -> None:
         self.rewards, self.prompts, self.ask = rewards, list(prompts), ask
         self._pieces: list[Tensor] = []
+        self._dropped = 0  # samples before the first piece
         self._arrived = 0
         self._asked = dict.fromkeys(rewards, 0)
-        self._pending: dict[str, list[Future[Scores]]] = {name: [] for name in rewards}
-        self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._parts: dict[str, list[Scores | Future[Scores]]] = {name: [] for name in rewards}
+        self._threads: dict[str, _Worker] = {}
+        self._grad = torch.is_grad_enabled()  # a new thread would have gradients on, whatever the caller chose
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         for thread in self._threads.values():
-            thread.shutdown(wait=False, cancel_futures=True)
+            thread.close()
 
     def add(self, media: Tensor) -> None:
         """The next samples, (N, F, 3, H, W)."""
@@ -46,47 +53,47 @@ class Scoring:
             raise ValueError(f"{self._arrived + len(media)} samples came with {len(self.prompts)} prompts.")
         self._pieces.append(media)
         self._arrived += len(media)
-        for name, reward in self.rewards.items():
-            if reward.batch_size is not None and runs_elsewhere(reward, media.device):
-                self._start(name, reward, reward.batch_size)
+        self._advance(last=False)
+        needed = min(self._asked.values(), default=self._arrived)
+        while self._pieces and self._dropped + len(self._pieces[0]) <= needed:
+            self._dropped += len(self._pieces.pop(0))
 
     def result(self) -> dict[str, Scores]:
         """Every judge's scores of all samples; waits for those still at work."""
         if self._arrived != len(self.prompts):
             raise ValueError(f"{self._arrived} samples came with {len(self.prompts)} prompts: give one each.")
-        for name, reward in self.rewards.items():
-            # First all that can work side by side, then, on this thread, the rest.
-            if self._arrived and runs_elsewhere(reward, self._pieces[0].device):
-                self._start(name, reward, reward.batch_size or self._arrived, last=True)
-        scores = {}
-        for name, reward in self.rewards.items():
-            if self._pending[name]:
-                scores[name] = Scores.cat([future.result() for future in self._pending[name]])
-            else:
-                scores[name] = self._ask_all(reward)
-        return scores
+        self._advance(last=True)
+        return {
+            name: Scores.cat([part if isinstance(part, Scores) else part.result() for part in parts])
+            for name, parts in self._parts.items()
+        }
 
-    def _start(self, name: str, reward: Reward, size: int, *, last: bool = False) -> None:
-        """Hands a judge's complete batches to its thread, and the incomplete one at the end."""
-        thread = self._threads.setdefault(name, ThreadPoolExecutor(1, thread_name_prefix=f"judge-{name}"))
-        while (first := self._asked[name]) < self._arrived and (last or first + size <= self._arrived):
-            end = min(first + size, self._arrived)
-            self._pending[name].append(
-                thread.submit(self.ask, reward, self._samples(first, end), self.prompts[first:end])
-            )
-            self._asked[name] = end
+    def _advance(self, *, last: bool) -> None:
+        """Asks each judge about its complete batches, and at the end about what is left."""
+        if not self._pieces:
+            return
+        device = self._pieces[0].device
+        # Those elsewhere first: they work side by side while this thread asks the rest.
+        for name in sorted(self.rewards, key=lambda name: not runs_elsewhere(self.rewards[name], device)):
+            reward = self.rewards[name]
+            size = reward.batch_size or len(self.prompts)
+            while (first := self._asked[name]) < self._arrived and (last or first + size <= self._arrived):
+                end = self._asked[name] = min(first + size, self._arrived)
+                call = partial(self._ask, reward, self._samples(first, end), self.prompts[first:end])
+                if runs_elsewhere(reward, device):
+                    if name not in self._threads:
+                        self._threads[name] = _Worker(f"judge-{name}")
+                    self._parts[name].append(self._threads[name].submit(call))
+                else:
+                    self._parts[name].append(call())
 
-    def _ask_all(self, reward: Reward) -> Scores:
-        size = reward.batch_size or self._arrived or 1
-        starts = range(0, self._arrived, size)
-        parts = [
-            self.ask(reward, self._samples(i, min(i + size, self._arrived)), self.prompts[i : i + size]) for i in starts
-        ]
-        return Scores.cat(parts)
+    def _ask(self, reward: Reward, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        with torch.set_grad_enabled(self._grad):
+            return self.ask(reward, media, prompts)
 
     def _samples(self, first: int, end: int) -> Tensor:
         """Samples first..end - 1, without a copy where one piece holds them all."""
-        start, found = 0, []
+        start, found = self._dropped, []
         for piece in self._pieces:
             low, high = max(first - start, 0), min(end - start, len(piece))
             if low < high:
@@ -95,7 +102,38 @@ class Scoring:
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
+class _Worker:
+    """One thread that works off calls in order. A daemon: an interrupted run does not wait for a slow judge."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Scores], Future[Scores]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def submit(self, call: Callable[[], Scores]) -> Future[Scores]:
+        future: Future[Scores] = Future()
+        self._calls.put((call, future))
+        return future
+
+    def close(self) -> None:
+        """Ends the thread after the call under way; calls not begun are dropped."""
+        while not self._calls.empty():
+            self._calls.get()
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (item := self._calls.get()) is not None:
+            call, future = item
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+
 def runs_elsewhere(reward: Reward, device: torch.device) -> bool:
     """Whether a judge leaves `device` free while it works: it is `remote`, or sits on another device."""
+    if getattr(reward, "remote", False):
+        return True
     place = getattr(reward, "device", None)
-    return getattr(reward, "remote", False) or (isinstance(place, torch.device) and place.type != device.type)
+    if not isinstance(place, torch.device):
+        return False
+    return place.type != device.type or (place.index or 0) != (device.index or 0)

@@ -26,7 +26,8 @@ class ShapesReward:
 
     name = "shapes"
     differentiable = False
-    batch_size: int | None = None
+    batch_size: int | None = 64
+    device = torch.device("cpu")
 
     def __init__(self, mode: Mode = "graded") -> None:
         if mode not in ("graded", "exact", "mix"):

@@ -78,9 +78,9 @@ class VideoAlignReward(NetworkReward):
         root, folder = find_checkpoint(model)
         settings = read_settings(root)
         self.clip_fps = _positive("clip_fps", clip_fps)
-        self.sample_fps = _positive("sample_fps", sample_fps or settings.sample_fps)
+        self.sample_fps = _positive("sample_fps", settings.sample_fps if sample_fps is None else sample_fps)
         self.num_frames = settings.num_frames if sample_fps is None else None
-        self.max_pixels = int(_positive("max_pixels", max_pixels or settings.max_pixels))
+        self.max_pixels = int(_positive("max_pixels", settings.max_pixels if max_pixels is None else max_pixels))
         self.min_pixels = int(_positive("min_pixels", min_pixels))
         self.template = read_template(root / "prompt_template.py" if template is None else template)
         self.calibration = settings.calibration if normalized else dict.fromkeys(DIMENSIONS, (0.0, 1.0))

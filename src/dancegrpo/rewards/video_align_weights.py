@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from dancegrpo.errors import RewardError
 from dancegrpo.rewards.base import describe
-from dancegrpo.rewards.weights import check_source, check_tensors, load_pretrained, read_tensors
+from dancegrpo.rewards.weights import check_source, check_tensors, load_pretrained, read_json, read_tensors
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 """Visual quality, motion quality, text alignment: the order of the prompt's tokens and of a head of three."""
@@ -108,20 +107,10 @@ def _fetch_folder(repository: str) -> Path:
         raise RewardError(f"{repository} cannot be fetched: {describe(error)}; {remedy}.") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RewardError(f"{str(path)!r} cannot be read: {describe(error)}; give a complete folder.") from error
-    if not isinstance(content, dict):
-        raise RewardError(f"{str(path)!r} holds a {type(content).__name__}: it must be a JSON object of settings.")
-    return content
-
-
 def read_settings(folder: Path) -> Settings:
     """The settings of a checkpoint folder. Raises RewardError for a file that is missing, broken or of another kind."""
     path = folder / "model_config.json"
-    config = _read_json(path)
+    config = read_json(path)
     try:
         data, model, peft = (config.get(key) or {} for key in ("data_config", "model_config", "peft_lora_config"))
         found = config.get("inference_config") or {}
@@ -161,7 +150,7 @@ def _published_lora(peft: Mapping[str, Any]) -> LoRA:
 
 
 def _adapter_lora(path: Path) -> LoRA:
-    config = _read_json(path)
+    config = read_json(path)
     unknown = [key for key in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save") if config.get(key)]
     if unknown:
         raise RewardError(f"{str(path)!r} uses {', '.join(unknown)}: merge the adapter and give a model.pth.")

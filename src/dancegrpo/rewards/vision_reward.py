@@ -15,6 +15,7 @@ from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import NOT_FINITE, Scores, as_media, describe
 from dancegrpo.rewards.clip import EMPTY_PROMPT
+from dancegrpo.rewards.encoding import to_bytes
 from dancegrpo.rewards.qwen2_vl import (
     MIN_PIXELS,
     RESERVED_TOKEN,
@@ -225,8 +226,7 @@ class ProcessorReader:
         """As `Reader` says."""
         from PIL import Image
 
-        pixels = (clips.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8).cpu().numpy()
-        frames = [[Image.fromarray(frame) for frame in clip] for clip in pixels]
+        frames = [[Image.fromarray(frame) for frame in clip] for clip in to_bytes(clips)]
         content: list[dict[str, str]] = [{"type": "image"}] * clips.shape[1]
         chats = [[{"role": "user", "content": [*content, {"type": "text", "text": asked}]}] for asked in questions]
         texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
@@ -250,9 +250,9 @@ class HubCodeReader:
         return torch.cat([self._one(clip, question) for clip, question in zip(clips, questions, strict=True)])
 
     def _one(self, clip: Tensor, question: str) -> Tensor:
-        video = (clip.permute(1, 0, 2, 3) * 255).round().to(torch.uint8)
+        video = torch.from_numpy(to_bytes(clip)).permute(3, 0, 1, 2)  # (3, F, H, W)
         built = self.model.build_conversation_input_ids(
-            tokenizer=self.tokenizer, query=question, images=[video.cpu()], history=[], template_version="chat"
+            tokenizer=self.tokenizer, query=question, images=[video], history=[], template_version="chat"
         )
         names = ("input_ids", "token_type_ids", "attention_mask")
         inputs: dict[str, Any] = {name: built[name][None].to(clip.device) for name in names}

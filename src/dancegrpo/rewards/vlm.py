@@ -19,7 +19,7 @@ from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores, as_media, describe
 from dancegrpo.rewards.chat import Answer, Endpoint, ScoreError, at_least
-from dancegrpo.rewards.encoding import to_frames, to_png
+from dancegrpo.rewards.encoding import to_bytes, to_png
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class VLMReward:
         """The request about one sample (F, 3, H, W) with the prompt `text`."""
         count = min(len(sample), self.frames)
         chosen = [int((i + 0.5) * len(sample) / count) for i in range(count)]
-        pictures = [base64.b64encode(to_png(frame)).decode("ascii") for frame in to_frames(sample[chosen])]
+        pictures = [base64.b64encode(to_png(frame)).decode("ascii") for frame in to_bytes(sample[chosen])]
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}} for picture in pictures
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -21,17 +22,30 @@ class NetworkReward:
 
     model: the network, frozen. batch_size: samples per forward pass. dtype: of the network, a key of `DTYPES`; what
     surrounds it (preprocessing, cosines) stays in float32. device: pins the judge to a device of its own; None = it
-    goes where the run's panel goes. Raises RewardError for a batch size or dtype that cannot be.
+    goes where the run's panel goes. full_precision: a part of the network, by name, whose weights stay in float32.
+    Raises RewardError for a batch size or dtype that cannot be.
     """
 
     name: str
 
-    def __init__(self, model: nn.Module, *, batch_size: int, dtype: str = "float32", device: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        batch_size: int,
+        dtype: str = "float32",
+        device: str | None = None,
+        full_precision: str | None = None,
+    ) -> None:
         check_placement(self.name, batch_size, dtype)
         self.batch_size: int | None = batch_size
         self.pinned = device is not None
         self.device = torch.device(device or "cpu")
-        self.model = model.to(self.device, DTYPES[dtype]).requires_grad_(False).eval()
+        for name, parameter in model.named_parameters():
+            # Weights alone: buffers such as rotary frequencies lose their meaning in 16 bits.
+            if full_precision is None or not name.startswith(f"{full_precision}."):
+                parameter.data = parameter.data.to(DTYPES[dtype])
+        self.model = model.to(self.device).requires_grad_(False).eval()
 
     def to(self, device: Any) -> Self:
         """Move the network, unless the recipe pinned it to a device."""
@@ -47,6 +61,11 @@ def check_placement(judge: str, batch_size: int, dtype: str) -> None:
         raise RewardError(f"dtype={dtype!r} of the {judge} judge is unknown: use {', '.join(DTYPES)}.")
     if batch_size < 1:
         raise RewardError(f"batch_size={batch_size} of the {judge} judge is no batch: use 1 or more.")
+
+
+def best_device() -> str:
+    """The accelerator where there is one, else the CPU."""
+    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
 
 
 def fetch(repository: str, filename: str, *, option: str = "weights") -> Path:
@@ -109,6 +128,17 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise RewardError(f"weights {str(path)!r} hold no tensors by name: give a published checkpoint.")
     return dict(tensors)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint's folder. Raises RewardError for a file that is missing or holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RewardError(f"{str(path)!r} cannot be read: {describe(error)}; give a complete folder.") from error
+    if not isinstance(content, dict):
+        raise RewardError(f"{str(path)!r} holds a {type(content).__name__}: it must be a JSON object of settings.")
+    return content
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: str | Path) -> None:

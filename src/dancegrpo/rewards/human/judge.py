@@ -17,7 +17,7 @@ from torch import Tensor
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores, as_media
-from dancegrpo.rewards.encoding import to_frames
+from dancegrpo.rewards.encoding import to_bytes
 from dancegrpo.rewards.human.questions import Question, Questions
 from dancegrpo.rewards.human.server import Server
 from dancegrpo.rewards.human.votes import MODES, Mode, Votes, fingerprint, scores_of
@@ -94,7 +94,7 @@ class HumanReward:
             self.server.close()
 
     def _question(self, samples: Tensor, prompt: Prompt) -> Question:
-        frames = tuple(to_frames(sample) for sample in samples)
+        frames = tuple(to_bytes(sample) for sample in samples)
         return Question(self.mode, prompt.text, tuple(fingerprint(shown) for shown in frames), frames)
 
     def _can_be_asked(self, question: Question) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from dancegrpo.errors import RewardError
-from dancegrpo.rewards.encoding import to_frames
+from dancegrpo.rewards.encoding import to_bytes
 
 Mode = Literal["rank", "thumbs"]
 MODES: tuple[Mode, ...] = ("rank", "thumbs")
@@ -35,7 +35,7 @@ def fingerprint(sample: Tensor | np.ndarray) -> str:
     sample: (F, 3, H, W), uint8 or float in [0, 1], or (F, H, W, 3) uint8 as an array. Hashed are the text `F,H,W,` and
     the pixels as bytes in the order frame, row, column, channel.
     """
-    frames = to_frames(sample) if isinstance(sample, Tensor) else np.ascontiguousarray(sample)
+    frames = to_bytes(sample) if isinstance(sample, Tensor) else np.ascontiguousarray(sample)
     digest = hashlib.sha256(",".join(map(str, frames.shape[:3])).encode() + b",")
     digest.update(frames.tobytes())
     return digest.hexdigest()

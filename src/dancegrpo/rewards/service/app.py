@@ -77,7 +77,7 @@ def build_app(about: dict[str, Any], line: Line, token: SecretStr | None, limits
             return refused
         bounds = {"max_samples": limits.max_samples, "max_request_bytes": limits.max_bytes}
         told = {"service": "dancegrpo reward", "protocol": wire.PROTOCOL, "ready": line.ready, **about, **bounds}
-        told |= {"content_types": [wire.SAFETENSORS, wire.JSON], "dtypes": list(wire.DTYPES)}
+        told |= {"content_types": [wire.SAFETENSORS, wire.JSON], "dtypes": list(wire.WIRE_DTYPES)}
         return JSONResponse(told, 200 if line.ready else 503)
 
     async def metrics(request: Request) -> Response:

@@ -132,7 +132,7 @@ class ServiceReward:
             body = wire.pack_request(identity, media, prompts)
         except Exception as error:
             reason = str(error) if isinstance(error, wire.WireError) else describe(error)
-            return Scores.failed(len(media), wire.clip(f"nothing was sent to {self._replicas.urls[0]}: {reason}"))
+            return Scores.failed(len(media), wire.shorten(f"nothing was sent to {self._replicas.urls[0]}: {reason}"))
         barred: set[str] = set()
         cause = ""
         for attempt in range(self.retries + 1):
@@ -226,7 +226,7 @@ def _same_judge(found: dict[str, Health], expected: str | None) -> str:
         if health.judge != (expected or first):
             wanted = "judge" if expected else f"the judge of {next(iter(found))}"
             raise RewardError(
-                f"reward service {url} runs {wire.clip(health.judge)!r}, but {wanted} is {expected or first!r}: "
+                f"reward service {url} runs {wire.shorten(health.judge)!r}, but {wanted} is {expected or first!r}: "
                 "give replicas of one judge."
             )
     return first

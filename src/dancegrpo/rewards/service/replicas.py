@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import SecretStr
 
 from dancegrpo.errors import RewardError
-from dancegrpo.rewards.service.wire import PROTOCOL, SAFETENSORS, clip
+from dancegrpo.rewards.service.wire import PROTOCOL, SAFETENSORS, shorten
 
 if TYPE_CHECKING:
     from httpx import Client, Response
@@ -52,7 +52,7 @@ class Health:
             raise ExchangeError("something other than a reward service answered")
         if told.get("protocol") != PROTOCOL:
             raise ExchangeError(
-                f"it speaks protocol {clip(told.get('protocol'))}, this client {PROTOCOL}", for_good=True
+                f"it speaks protocol {shorten(told.get('protocol'))}, this client {PROTOCOL}", for_good=True
             )
         numbers = [told.get("batch_size") or 1, told.get("max_samples"), told.get("max_request_bytes")]
         if not isinstance(told.get("judge"), str) or not all(isinstance(n, int) and n >= 1 for n in numbers):
@@ -179,7 +179,7 @@ def _refuse(status: int, told: bytes) -> None:
         reason = json.loads(told)["error"]
     except (ValueError, RecursionError, KeyError, TypeError):
         reason = "no reason given"
-    raise ExchangeError(f"it answered {status}: {clip(reason)}", for_good=status not in _TRY_LATER)
+    raise ExchangeError(f"it answered {status}: {shorten(reason)}", for_good=status not in _TRY_LATER)
 
 
 def check_url(url: Any) -> str:

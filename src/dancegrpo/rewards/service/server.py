@@ -20,12 +20,15 @@ from dancegrpo.rewards.catalog import CATALOG
 from dancegrpo.rewards.loading import load_reward
 from dancegrpo.rewards.service.queueing import Line
 from dancegrpo.rewards.service.token import checked
+from dancegrpo.rewards.weights import best_device
 
 if TYPE_CHECKING:
     from uvicorn import Server
 
 _DEFAULT_BATCH = 32
 """Samples per batch when requests are packed together and neither the judge nor the user says how many."""
+_PLACE = ("batch_size", "threads", "timeout", "concurrency", "port")
+"""Options of judges that say how they run, not what they say."""
 _GRACE = 30
 """Seconds that accepted requests have to finish after a signal to stop."""
 
@@ -62,7 +65,7 @@ def serve(
         raise RewardError(f"host={host!r} is open to other machines: set a token, or listen on 127.0.0.1.")
     # The address is taken before minutes of loading, but nobody can connect until the judge is there.
     with contextlib.closing(bind(host, port)) as bound:
-        reward = load_reward(name, config).to(device or _best_device())
+        reward = load_reward(name, config).to(device or best_device())
         batch_size = max_batch or own_batch_size(reward) or _DEFAULT_BATCH
         line = Line(name, reward, batch_size=batch_size if batch_across_requests else None, wait=wait_ms / 1000)
         from dancegrpo.rewards.service.app import Limits, build_app
@@ -92,8 +95,12 @@ def describe_judge(name: str, config: RewardConfig, reward: Reward) -> dict[str,
 
 
 def identity(config: RewardConfig) -> str:
-    """One judge as one line, the same on every replica: its name, and how frames and a threshold change its scores."""
-    parts = {"frames": config.frames, "threshold": config.threshold}
+    """One judge as one line, the same on every replica: its name and the settings that change its scores.
+
+    Options that are texts (paths, addresses, devices) stay out: they differ between machines, and may be secret.
+    """
+    parts: dict[str, Any] = {"frames": config.frames, "threshold": config.threshold}
+    parts |= {k: v for k, v in sorted(config.options.items()) if isinstance(v, bool | int | float) and k not in _PLACE}
     return " ".join([config.judge, *(f"{key}={value}" for key, value in parts.items() if value is not None)])
 
 
@@ -122,12 +129,6 @@ def check_limits(
         raise RewardError(f"max_request_mb={max_request_mb} lets nothing through: use more than 0.")
     if not 0 <= wait_ms <= 10_000:
         raise RewardError(f"wait_ms={wait_ms} is no wait in milliseconds: use 0 to 10000.")
-
-
-def _best_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def bind(host: str, port: int) -> socket.socket:

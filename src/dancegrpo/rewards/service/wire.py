@@ -25,7 +25,7 @@ PROTOCOL = 1
 """Of requests and answers; a server and a client of different numbers do not talk."""
 SAFETENSORS = "application/x-safetensors"
 JSON = "application/json"
-DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+WIRE_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 """The types media may travel in."""
 _CAUSE_LENGTH = 300
 
@@ -40,7 +40,7 @@ class WireError(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """Samples to score. id: the client's own mark, echoed in the answer. media: (B, F, 3, H, W) in one of `DTYPES`."""
+    """Samples to score. id: the client's own mark, echoed in the answer. media: (B, F, 3, H, W), of `WIRE_DTYPES`."""
 
     id: str
     media: Tensor
@@ -121,8 +121,8 @@ def unpack_request(body: bytes, folder: Path, max_samples: int) -> Request:
 
 def check_media(media: Tensor, max_samples: int) -> Tensor:
     """Refuses, by WireError, media of another shape or type, and more samples than the server takes."""
-    if media.dtype not in DTYPES.values():
-        raise WireError(f"media are {str(media.dtype).removeprefix('torch.')}: send {', '.join(DTYPES)}", 422)
+    if media.dtype not in WIRE_DTYPES.values():
+        raise WireError(f"media are {str(media.dtype).removeprefix('torch.')}: send {', '.join(WIRE_DTYPES)}", 422)
     if media.ndim != 5 or media.shape[2] != 3 or 0 in media.shape[1:]:
         raise WireError(f"media have shape {tuple(media.shape)}: send (samples, frames, 3, height, width)", 422)
     if len(media) > max_samples:
@@ -207,7 +207,7 @@ def read_answer(body: bytes, identity: str, judge: str, size: int) -> Scores:
     if not isinstance(told, dict) or not {"values", "valid"} <= told.keys():
         raise WireError("its answer holds no values")
     if told.get("judge") != judge:
-        raise WireError(f"another judge answered ({clip(told.get('judge'))!r} instead of {judge!r})")
+        raise WireError(f"another judge answered ({shorten(told.get('judge'))!r} instead of {judge!r})")
     if told.get("id") != identity:
         raise WireError("its answer belongs to another request")
     valid = _column("valid", told["valid"], size)
@@ -219,7 +219,7 @@ def read_answer(body: bytes, identity: str, judge: str, size: int) -> Scores:
     extra = told.get("extra") or {}
     if not isinstance(extra, dict):
         raise WireError("its answer's extra is no object")
-    columns = {clip(name): _column(clip(name), column, size) for name, column in extra.items()}
+    columns = {shorten(name): _column(shorten(name), column, size) for name, column in extra.items()}
     causes = _causes(told.get("causes"), int((~valid).sum()))
     return Scores(torch.where(valid, values, torch.nan), valid, columns, causes)
 
@@ -249,11 +249,13 @@ def _causes(told: Any, lost: int) -> dict[str, int]:
     """Causes and their counts, as far as they make sense for `lost` masked samples; the panel counts the rest."""
     if not isinstance(told, dict):
         return {}
-    causes = {clip(cause): n for cause, n in told.items() if isinstance(n, int) and not isinstance(n, bool) and n > 0}
+    causes = {
+        shorten(cause): n for cause, n in told.items() if isinstance(n, int) and not isinstance(n, bool) and n > 0
+    }
     return causes if sum(causes.values()) <= lost else {}
 
 
-def clip(text: Any) -> str:
+def shorten(text: Any) -> str:
     """Another machine's words as one short printable line."""
     line = " ".join(str(text).split())
     return "".join(letter if letter.isprintable() else "?" for letter in line)[:_CAUSE_LENGTH]
