@@ -15,10 +15,11 @@ from typing import Any
 from dancegrpo.statistics import compare
 
 
-def read(run: Path) -> dict[str, Any]:
-    """One run's gain from its first to its last evaluation."""
+def read(run: Path, at: int | None = None) -> dict[str, Any]:
+    """One run's gain from its first to its last evaluation, or to the one after `at` iterations."""
     files = sorted((run / "evaluations").glob("*.json"))
-    before, after = (json.loads(file.read_text()) for file in (files[0], files[-1]))
+    last = files[-1] if at is None else run / "evaluations" / f"{at:06}.json"
+    before, after = (json.loads(file.read_text()) for file in (files[0], last))
     column = next(name for name in after["columns"] if name.endswith("/pass"))
     comparison = compare(before, after)
     gain, tasks = comparison.overall[column], comparison.tasks[column]
@@ -39,9 +40,10 @@ def read(run: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--at", type=int, help="iterations after which to look; the last evaluation by default")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    results = [read(run) for run in args.runs]
+    results = [read(run, args.at) for run in args.runs]
     median = statistics.median(result["gain"] for result in results)
     if args.json:
         print(json.dumps({"median_gain": median, "runs": results}, indent=1))

@@ -201,9 +201,17 @@ def serve_reward(
 
     config = load_reward_config(judge, list(overrides or []))
     token = read_token(token_env, token_file)
-    limits = {"max_request_mb": max_request_mb, "batch_across_requests": batch_across_requests}
-    # The address on standard output: port 0 is only known now, and a script may wait for this line.
-    serve(judge, config, host=host, port=port, token=token, **limits, on_ready=lambda url: print(url, flush=True))
+    serve(
+        judge,
+        config,
+        host=host,
+        port=port,
+        token=token,
+        max_request_mb=max_request_mb,
+        batch_across_requests=batch_across_requests,
+        # The address on standard output: port 0 is only known now, and a script may wait for this line.
+        on_ready=lambda url: print(url, flush=True),
+    )
 
 
 if __name__ == "__main__":

@@ -228,7 +228,8 @@ def object_crop(image: NDArray[np.uint8], detection: Detection) -> Any:
 
     if detection.mask is not None:
         image = np.where(detection.mask[..., None], image, np.uint8(BACKGROUND))
-    return Image.fromarray(image).crop(tuple(round(end) for end in detection.box))
+    left, top, right, bottom = (round(end) for end in detection.box)
+    return Image.fromarray(image).crop((left, top, right, bottom))
 
 
 def _box(mask: Tensor) -> tuple[float, float, float, float]:

@@ -115,7 +115,8 @@ class VideoAlignReward(NetworkReward):
         indices = evenly_spaced_frames(clips.shape[1], self.clip_fps, self.sample_fps, self.num_frames)
         vision = self.model.model.config.vision_config
         multiple = vision.patch_size * vision.spatial_merge_size
-        height, width = fitted_size(*clips.shape[-2:], self.min_pixels, self.max_pixels, multiple)
+        height, width = clips.shape[-2:]
+        height, width = fitted_size(height, width, self.min_pixels, self.max_pixels, multiple)
         return resize_frames(clips[:, indices.to(clips.device)], height, width)
 
     def judge(self, clips: Tensor, texts: Sequence[str]) -> Tensor:

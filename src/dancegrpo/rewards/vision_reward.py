@@ -202,7 +202,8 @@ class Qwen2VLReader:
         """As `Reader` says."""
         vision = self.model.config.vision_config
         multiple = vision.patch_size * vision.spatial_merge_size
-        height, width = fitted_size(*clips.shape[-2:], self.min_pixels, self.max_pixels, multiple)
+        height, width = clips.shape[-2:]
+        height, width = fitted_size(height, width, self.min_pixels, self.max_pixels, multiple)
         inputs = chat_inputs(self.tokenizer, self.model.config, resize_frames(clips, height, width), questions)
         return _last_logits(self.model, inputs)
 

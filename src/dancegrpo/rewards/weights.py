@@ -45,7 +45,7 @@ class NetworkReward:
             # Weights alone: buffers such as rotary frequencies lose their meaning in 16 bits.
             if full_precision is None or not name.startswith(f"{full_precision}."):
                 parameter.data = parameter.data.to(DTYPES[dtype])
-        self.model = model.to(self.device).requires_grad_(False).eval()
+        self.model: Any = model.to(self.device).requires_grad_(False).eval()
 
     def to(self, device: Any) -> Self:
         """Move the network, unless the recipe pinned it to a device."""

@@ -200,7 +200,7 @@ def _metrics(state: _State) -> str:
     """The counters in Prometheus' text format (version 0.0.4)."""
     line, (requests, samples) = state.line, state.line.waiting()
     judge = state.about["judge"].replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    answered = [(f'{{code="{code}"}}', count) for code, count in sorted(state.answers.items())]
+    answered: list[tuple[str, float]] = [(f'{{code="{code}"}}', count) for code, count in sorted(state.answers.items())]
     rows: list[tuple[str, str, str, list[tuple[str, float]]]] = [
         ("info", "gauge", "The judge.", [(f'{{judge="{judge}",version="{state.about["version"]}"}}', 1)]),
         ("ready", "gauge", "Whether requests get scored.", [("", int(line.ready))]),
