@@ -10,7 +10,7 @@ import torch
 
 from dancegrpo.shapes import PIPELINES, base_path
 from dancegrpo.shapes.base import TEXT_TOKENS, byte_pair_merges, clip_tokenizer, t5_tokenizer, vocabulary
-from dancegrpo.shapes.build import Settings, build
+from dancegrpo.shapes.build import Settings, build, main
 from dancegrpo.shapes.scenes import TASKS, all_scenes, prompts
 from dancegrpo.shapes.training import Average, deployment, draw_many, generate, pass_rates
 from dancegrpo.shapes.verifier import judge
@@ -168,3 +168,16 @@ def test_the_build_command_explains_itself():
         [sys.executable, "-m", "dancegrpo.shapes.build", "--help"], capture_output=True, text=True, check=True
     )
     assert "--flux-steps" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--look-every", "0"], "--look-every=0 is too few"), (["--out", "{file}"], "{file}: File")],
+)
+def test_the_build_command_refuses_what_cannot_be_before_it_trains(arguments, message, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        main(["--out", str(tmp_path), *(argument.format(file=file) for argument in arguments)])
+    assert ended.value.code == 2
+    assert message.format(file=file) in capsys.readouterr().err

@@ -68,6 +68,31 @@ def test_train_sample_eval_report_export(monkeypatch, capsys, recipe, tmp_path):
     assert f"| bright | {before:.4f} | {after:.4f} |" in (tmp_path / "pipeline" / "README.md").read_text()
 
 
+def test_eval_compares_only_with_a_start_measured_alike(monkeypatch, capsys, recipe):
+    run = json.loads(call(monkeypatch, capsys, "train", recipe, "--json")[1])["run_dir"]
+    for override, compared in (("evaluation.batch_size=2", True), ("model.guidance_scale=1.25", False)):
+        code, out, _ = call(monkeypatch, capsys, "eval", run, override, "--json")
+        assert code == 0
+        assert ("gain" in json.loads(out)) == compared
+
+
+def test_eval_refuses_another_network_than_the_runs(monkeypatch, capsys, recipe):
+    run = json.loads(call(monkeypatch, capsys, "train", recipe, "--json")[1])["run_dir"]
+    code, _, err = call(monkeypatch, capsys, "eval", run, "model.lora={rank: 4}")
+    assert code == 2
+    assert "do not fit this model" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_an_export_names_only_the_judges_that_were_trained_on(monkeypatch, capsys, recipe, tmp_path):
+    held_out = "rewards.size={judge: jpeg, weight: 0}"
+    run = json.loads(call(monkeypatch, capsys, "train", recipe, held_out, "--json")[1])["run_dir"]
+    assert call(monkeypatch, capsys, "export", run, "--out", tmp_path / "out")[0] == 0
+    (told,) = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if "Trained on" in line]
+    assert "bright" in told
+    assert "jpeg" not in told
+
+
 def test_resume_takes_the_run_folder_alone(monkeypatch, capsys, recipe):
     run = json.loads(call(monkeypatch, capsys, "train", recipe, "--json")[1])["run_dir"]
     code, out, _ = call(monkeypatch, capsys, "train", "--resume", run, "iterations=3", "--json")

@@ -164,7 +164,7 @@ def test_a_threshold_makes_scores_zero_or_one_and_keeps_them():
     assert judged.values[:2].tolist() == [1.0, 0.0]
     assert judged.values[2].isnan()
     assert judged.valid.tolist() == [True, True, False]
-    torch.testing.assert_close(judged.extra["score"][:2], torch.tensor([0.5, 0.49]))
+    torch.testing.assert_close(judged.extra["raw"][:2], torch.tensor([0.5, 0.49]))
     assert judged.causes == {"too dark": 1}
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dancegrpo.cli import app
-from dancegrpo.errors import ConfigError, MediaError, PromptError, RewardError
+from dancegrpo.errors import CheckpointError, ConfigError, MediaError, PromptError, RewardError
 from dancegrpo.judging import list_judges, score_files
 from dancegrpo.media import find_media, read_media
 from dancegrpo.rewards import CATALOG
@@ -191,6 +191,20 @@ def test_the_command_prints_a_table_json_and_csv(tmp_path):
     assert (told["mean"], told["scored"], told["files"][1]["score"]) == (1.0, 1, None)
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text())))
     assert [row["score"] for row in rows] == ["1.0", ""]
+
+
+def test_scores_are_printed_before_a_file_that_cannot_be_written_is_told_of(tmp_path):
+    path = picture(tmp_path / "a.png", 255)
+    told = CliRunner().invoke(app, ["score", JUDGE, "--media", str(path), "--csv", "/proc/nowhere/a.csv"])
+    assert "1.0000" in told.output
+    assert isinstance(told.exception, CheckpointError)
+
+
+def test_the_command_fails_where_nothing_could_be_scored(tmp_path):
+    path = picture(tmp_path / "a.png", 255)
+    told = CliRunner().invoke(app, ["score", JUDGE, "--media", str(path), "--prompt", "silent"])
+    assert told.exit_code == 1
+    assert "mean of 0 of 1" in told.output
 
 
 def test_every_shipped_judge_is_listed_with_what_it_needs(monkeypatch):

@@ -148,3 +148,23 @@ def test_an_exception_on_a_judges_thread_reaches_the_caller():
 
     with pytest.raises(KeyboardInterrupt):
         Judges({"r": Interrupted(remote=True)}).score(samples(1), texts(1))
+
+
+def test_calls_that_were_not_begun_are_dropped_when_the_caller_gives_up():
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Recorder):
+        def __call__(self, media, prompts):
+            begun.set()
+            assert go_on.wait(20)
+            return super().__call__(media, prompts)
+
+    judge = Slow(batch_size=1, remote=True)
+    with Judges({"r": judge}).scoring(texts(3)) as scoring:  # and left without asking for a result
+        scoring.add(samples(3))
+        assert begun.wait(20)
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "judge-r":
+            thread.join(20)
+    assert judge.batches == [[0]]

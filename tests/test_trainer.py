@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dancegrpo import load_config, train
 from dancegrpo.errors import CheckpointError, ConfigError, RewardError
 from dancegrpo.run_folder import RunFolder
-from dancegrpo.trainer import _resumed_config
+from dancegrpo.trainer import Trainer, _resumed_config
 
 TIMED = ("seconds/", "memory/")
 
@@ -210,3 +210,47 @@ def test_a_resumed_run_may_ask_its_service_elsewhere_but_not_another_judge(tmp_p
     assert _resumed_config(Started(), moved, (), None) == moved
     with pytest.raises(CheckpointError, match=r"rewards\.far\.options\.batch_size \(8 -> 4\)"):
         _resumed_config(Started(), recipe(urls=["http://127.0.0.1:2"], retries=9, batch_size=4), (), None)
+
+
+def test_a_request_to_stop_during_an_evaluation_loses_no_iteration(settings, monkeypatch):
+    settings |= {"checkpoint": {"every": 10}, "evaluation": {"num_prompts": 3, "samples": 2, "every": 1}}
+    from dancegrpo import evaluate
+
+    measured = evaluate.evaluate
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # before the run, after its first iteration, after its second
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measured(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    result = train(load_config(settings))
+    assert result.iterations == 2
+    assert train(resume=result.run_dir).iterations == 4
+    assert [row["iteration"] for row in metrics(result.run_dir)] == [0, 1, 2, 3]
+
+
+def test_an_evaluation_that_its_judge_missed_is_made_up_by_a_resume(settings, monkeypatch):
+    settings["evaluation"] |= {"every": 0}
+    down = []
+    monkeypatch.setattr(
+        "test_trainer.brightness", lambda images, prompts: [None] * len(images) if down else images.mean((1, 2, 3))
+    )
+    stop_after = Trainer.iterate
+
+    def iterate(self, iteration):
+        row = stop_after(self, iteration)
+        if iteration == 3:
+            down.append(1)
+        return row
+
+    monkeypatch.setattr(Trainer, "iterate", iterate)
+    result = train(load_config(settings))
+    folder = RunFolder.open(result.run_dir)
+    assert folder.evaluation_file(0).is_file()
+    assert not folder.evaluation_file(4).is_file()
+    down.clear()
+    train(resume=result.run_dir)
+    assert folder.evaluation_file(4).is_file()

@@ -148,10 +148,10 @@ def export(
 @app.command(epilog="Example: `dancegrpo score hps --media pictures --prompts prompts.txt options.batch_size=8`")
 def score(
     judge: Annotated[str, typer.Argument(help="A shipped judge (`dancegrpo rewards`) or `package.module:function`.")],
-    overrides: JudgeOverrides = None,
     media: Annotated[
-        list[Path] | None, typer.Option(help="A picture, a clip, or a folder of them; may be given several times.")
-    ] = None,
+        list[Path], typer.Option(help="A picture, a clip, or a folder of them; may be given several times.")
+    ],
+    overrides: JudgeOverrides = None,
     prompts: Annotated[str | None, typer.Option(help="A prompt file with one prompt per file, in their order.")] = None,
     column: Annotated[str, typer.Option(help="The field of a prompt file that holds the text.")] = "text",
     prompt: Annotated[str | None, typer.Option(help="One prompt for all.")] = None,
@@ -163,10 +163,12 @@ def score(
     from dancegrpo.judging import as_csv, as_table, score_files
     from dancegrpo.judging import as_json as told
 
-    rows = score_files(judge, list(overrides or []), list(media or []), prompts=prompts, column=column, prompt=prompt)
+    rows = score_files(judge, list(overrides or []), media, prompts=prompts, column=column, prompt=prompt)
+    _print(told(rows), as_table(rows), as_json)  # first: whatever becomes of the file, the scores are not lost
     if csv is not None:
         write_text(csv, as_csv(rows))
-    _print(told(rows), as_table(rows), as_json)
+    if all(row.value is None for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: `dancegrpo rewards`")

@@ -26,8 +26,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         remove(partial)
         write(partial)
         if path.is_dir() and partial.is_dir():
-            remove(path)
-        partial.replace(path)
+            # A folder cannot be replaced in one move: the old one goes aside, so that a kill in between loses nothing.
+            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+            remove(aside)
+            path.rename(aside)
+            partial.replace(path)
+            remove(aside)
+        else:
+            partial.replace(path)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CheckpointError(f"cannot write {path}: {reason}; free space or name another folder") from error

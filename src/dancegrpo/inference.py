@@ -12,7 +12,7 @@ import torch
 
 from dancegrpo import evaluate
 from dancegrpo.checkpoint import Checkpoint, load_latest
-from dancegrpo.config import RunConfig, load_config
+from dancegrpo.config import RunConfig, diff_configs, load_config
 from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.health import use_threads
 from dancegrpo.media import save_image
@@ -54,11 +54,23 @@ def load_trained(source: str, overrides: Sequence[str] = (), *, ema: bool = True
     return Trained(config, policy, run, checkpoint.iteration)
 
 
+COMPARED = ("model.", "rollout.", "rewards.", "prompts.", "seed")
+"""Settings that make what a run measured at its start another quantity than what is measured now."""
+
+
 @torch.no_grad()
 def _load_weights(policy: Policy, checkpoint: Checkpoint, *, ema: bool) -> None:
-    weights = checkpoint.tensors.get("ema") if ema else None
-    for name, parameter in policy.trainable().items():
-        parameter.copy_((weights or checkpoint.tensors["weights"])[name])
+    weights = (checkpoint.tensors.get("ema") if ema else None) or checkpoint.tensors["weights"]
+    trainable = policy.trainable()
+    odd = list(trainable.keys() ^ weights.keys())
+    odd += [name for name in trainable.keys() & weights.keys() if trainable[name].shape != weights[name].shape]
+    if odd:
+        raise CheckpointError(
+            f"the run's weights do not fit this model ({min(odd)} and {len(odd) - 1} more): leave model.path and "
+            "model.lora as the run had them"
+        )
+    for name, parameter in trainable.items():
+        parameter.copy_(weights[name])
 
 
 def draw(source: str, texts: Sequence[str], *, count: int, seed: int, out: Path) -> list[Path]:
@@ -90,10 +102,10 @@ def measure(source: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any],
     settings = config.evaluation
     record = evaluate.evaluate(trained.policy, judges, prompts, seed=settings.seed, batch_size=settings.batch_size)
     summary, comparison = summarize({"iteration": trained.iteration, **record}), None
-    start = trained.run.evaluation_file(0) if trained.run else None
-    if start is not None and start.is_file():
-        before = json.loads(start.read_text(encoding="utf-8"))
-        if all(before.get(key) == record[key] for key in ("sampling", "prompt_ids", "texts")):
+    if trained.run is not None and trained.run.evaluation_file(0).is_file():
+        before = json.loads(trained.run.evaluation_file(0).read_text(encoding="utf-8"))
+        same = not any(key.startswith(COMPARED) for key in diff_configs(trained.run.config(), config))
+        if same and all(before.get(key) == record[key] for key in ("sampling", "prompt_ids", "texts")):
             comparison = compare(before, record)
     return _as_json(trained, summary, comparison), _as_table(summary, comparison)
 
@@ -143,7 +155,7 @@ def export(run_dir: Path, out: Path, *, ema: bool = True) -> Path:
         base_model=config.model.path,
         recipe=config.name,
         iterations=trained.iteration,
-        judges=tuple(f"{name} ({reward.judge}, weight {reward.weight:g})" for name, reward in config.rewards.items()),
+        judges=tuple(f"{n} ({r.judge}, weight {r.weight:g})" for n, r in config.rewards.items() if r.weight),
         notes=_measured(run_dir, trained.iteration, ema=ema),
     )
     trained.policy.export(out, card)

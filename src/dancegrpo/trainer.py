@@ -28,7 +28,7 @@ from dancegrpo.policies.cache import CachedEncoder, ConditionCache
 from dancegrpo.progress import Progress
 from dancegrpo.prompts import GroupSampler, Prompt, open_prompts
 from dancegrpo.report import write_report
-from dancegrpo.rewards import IN_PYTHON, FunctionReward, Judges, Reward, load_reward
+from dancegrpo.rewards import IN_PYTHON, MIN_VALID_FRACTION, FunctionReward, Judges, Reward, load_reward
 from dancegrpo.run_folder import RunFolder
 from dancegrpo.sampling import step_plan, trained_steps
 from dancegrpo.statistics import summarize
@@ -153,11 +153,14 @@ class Trainer:
             progress.iteration(metrics)
             self._warn_of_rounding(metrics, progress)
             done += 1
-            if stopped.is_set() or done == config.iterations or _due(config.checkpoint.every, done):
+            due = done == config.iterations or _due(config.checkpoint.every, done)
+            if due or stopped.is_set():
                 # Before the evaluation: whoever asks to stop may not wait for it, and a resumed run makes it up.
                 self._save(folder, done)
             if not stopped.is_set():
                 self._evaluate_if_due(folder, done, progress, tracker)
+                if stopped.is_set() and not due:  # asked to stop meanwhile
+                    self._save(folder, done)
         return done
 
     def iterate(self, iteration: int) -> dict[str, Any]:
@@ -250,17 +253,18 @@ class Trainer:
             if config.samples and not (folder.samples_folder(done) / "grid.png").is_file():
                 self._draw_samples(folder, done, shown[: config.samples])
                 tracker.log_images("samples", [folder.samples_folder(done) / "grid.png"], done)
-            if not config.num_prompts or folder.evaluation_file(done).is_file():
+            judges = self.judges.for_evaluation()
+            if not config.num_prompts or not judges.rewards or folder.evaluation_file(done).is_file():
                 return
-            size, encode = config.batch_size, self.encoder.encode
-            record = measure.evaluate(
-                self.policy,
-                self.judges.for_evaluation(),
-                self.held_out,
-                seed=config.seed,
-                batch_size=size,
-                encode=encode,
-            )
+            settings: Any = {"seed": config.seed, "batch_size": config.batch_size, "encode": self.encoder.encode}
+            record = measure.evaluate(self.policy, judges, self.held_out, **settings)
+        for name in judges.trained:
+            known, total = sum(record["valid"][name]), len(self.held_out)
+            if known < MIN_VALID_FRACTION * total:
+                # Not written: a resumed run measures again, perhaps with the judge mended.
+                told = f"judge {name!r} scored {known} of {total} pictures"
+                progress.message(f"the evaluation after {done} iterations is left out: {told}")
+                return
         record = {"iteration": done, "weights": "current" if self.updater.ema is None else "ema", **record}
         write_json(folder.evaluation_file(done), record)
         summary = summarize(record)
@@ -285,7 +289,8 @@ class Trainer:
             self._warned = True
             progress.message(
                 f"warning: log-probs of rollout and training differ by {found:.2g}, more than a tenth of "
-                f"algorithm.clip_range={self.config.algorithm.clip_range}: later updates of a rollout recompute them"
+                f"algorithm.clip_range={self.config.algorithm.clip_range}"
+                + (": later updates of a rollout recompute them" if self.config.update.updates_per_rollout > 1 else "")
             )
 
     def _save(self, folder: RunFolder, done: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dancegrpo.errors import RewardError
+from dancegrpo.errors import DanceError, RewardError
 from dancegrpo.prompts import Prompt
 
 NOT_FINITE = "the score is not a finite number"
@@ -183,7 +183,9 @@ def as_pictures(media: Tensor) -> Tensor:
 
 
 def describe(error: Exception) -> str:
-    """An exception as one short line: its type, its first line, and where it was raised."""
+    """An exception as one short line: its type, its first line, and where it was raised; ours as they are."""
+    if isinstance(error, DanceError):
+        return " ".join(str(error).split())[:_CAUSE_LENGTH]
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)

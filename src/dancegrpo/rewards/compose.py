@@ -85,7 +85,7 @@ class OverFrames(_Wrapped):
 class Binary(_Wrapped):
     """A threshold over any judge: 1 where its score reaches `threshold`, else 0 (arXiv:2505.07818, binary rewards).
 
-    `extra["score"]` keeps what the judge said. No gradient flows.
+    `extra["raw"]` keeps what the judge said. No gradient flows.
     """
 
     differentiable = False
@@ -99,7 +99,7 @@ class Binary(_Wrapped):
         """Score B samples."""
         told = self.reward(media, prompts)
         values = torch.where(told.valid, (told.values >= self.threshold).float(), torch.nan)
-        return Scores(values, told.valid, {**told.extra, "score": told.values}, told.causes)
+        return Scores(values, told.valid, {**told.extra, "raw": told.values}, told.causes)
 
 
 class TimeLimit(_Wrapped):

@@ -74,7 +74,8 @@ def _load(name: str, config: RewardConfig) -> Reward:
 def _resolve(judge: str) -> Any:
     if ":" not in judge and judge not in CATALOG:
         hint = _nearest(judge, CATALOG)
-        raise RewardError(f"judge {judge!r} is unknown{hint}: use {_list(CATALOG)}, or package.module:function.")
+        names = _list(sorted(CATALOG))
+        raise RewardError(f"judge {judge!r} is unknown{hint}: use {names}, or package.module:function.")
     path = CATALOG[judge].target if judge in CATALOG else judge
     module_name, _, attribute = path.partition(":")
     here = str(Path.cwd())

@@ -56,7 +56,9 @@ class Judges:
     def for_evaluation(self) -> Judges:
         """The judges that a held-out evaluation asks: all but those that say `in_evaluation = False` (people)."""
         asked = {name: reward for name, reward in self.rewards.items() if getattr(reward, "in_evaluation", True)}
-        return Judges(asked, {name: self.weights[name] for name in asked})
+        panel = Judges(asked, {name: self.weights[name] for name in asked})
+        panel._warned = self._warned  # what was told once is not told again
+        return panel
 
     def score(self, media: Tensor, prompts: Sequence[Prompt]) -> dict[str, Scores]:
         """Every judge's scores for B samples, on the media's device, in the order given.

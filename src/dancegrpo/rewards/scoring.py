@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -116,8 +117,9 @@ class _Worker:
 
     def close(self) -> None:
         """Ends the thread after the call under way; calls not begun are dropped."""
-        while not self._calls.empty():
-            self._calls.get()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._calls.get_nowait()
         self._calls.put(None)
 
     def _work(self) -> None:

@@ -22,6 +22,6 @@ def base_path(name: str) -> Path:
     folder = Path(str(files(__package__))) / "weights" / name
     if not (folder / "model_index.json").is_file():
         raise ModelError(
-            f"{folder} holds no pipeline: reinstall, or rebuild it with `python -m dancegrpo.shapes.build`."
+            f"{folder} holds no pipeline: reinstall, or run `python -m dancegrpo.shapes.build --out {folder.parent}`."
         )
     return folder

@@ -2,12 +2,13 @@
 
 Draws captioned pictures, trains the autoencoder, then both denoisers side by side, one core each. The pipelines are
 imperfect because they were trained briefly, on true captions. shapes-flux has a second stage, guidance distillation, as
-FLUX.1-dev had. Everything is seeded. About 40 minutes on two cores.
+FLUX.1-dev had. Everything is seeded. Expect 40 minutes or more on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, multiprocessing
 
+from dancegrpo.errors import DanceError
 from dancegrpo.files import write_atomically
 from dancegrpo.shapes import PIPELINES
 from dancegrpo.shapes.base import autoencoder, flux_pipeline, sd_pipeline
@@ -61,8 +63,19 @@ class Settings:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    build(_parse(arguments))
+    """The command line; a user's mistake is one line and exit code 2."""
+    settings = _parse(arguments)
+    try:
+        build(settings)
+    except DanceError as error:
+        sys.exit(_refuse(str(error)))
+    except OSError as error:
+        sys.exit(_refuse(f"{error.filename or settings.out}: {error.strerror or error}; name another folder"))
+
+
+def _refuse(line: str) -> int:
+    print(f"dancegrpo: {line}", file=sys.stderr)
+    return 2
 
 
 def build(settings: Settings) -> None:
@@ -231,6 +244,9 @@ def _parse(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument("--look-every", type=int, default=Settings.look_every, help="updates between two looks")
     parser.add_argument("--prompts", type=int, default=Settings.prompts, help="held-out prompts per look")
     chosen = vars(parser.parse_args(arguments))
+    for name, value in chosen.items():
+        if isinstance(value, int) and name != "seed" and value < 1:
+            parser.error(f"--{name.replace('_', '-')}={value} is too few: use 1 or more")
     return Settings(**(chosen | {"only": tuple(chosen["only"])}))
 
 

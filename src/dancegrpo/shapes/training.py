@@ -40,6 +40,8 @@ KL_WEIGHT = 5e-3
 """Large enough that each latent element carries about one nat: then the decoder forgives an imperfect denoiser."""
 LEARNING_RATE = 2e-3
 """Of the denoisers, after a warm-up of 100 steps."""
+MAX_GUIDANCE = 4.5
+"""Of what shapes-flux's guidance embedding is taught."""
 COOL_DOWN = 0.5
 """Share of the denoiser's steps over which the rate falls to zero."""
 
@@ -247,7 +249,7 @@ def train_flux(
 
     s is uniform, then shifted as the sampler's schedule is. A tenth of the captions is emptied. Guidance is 1, but for
     a share `taught` of the rows: these give the guidance embedding its meaning, one call for what would be two of
-    classifier-free guidance. They regress u + (w - 1) (v(caption) - v("")), w uniform in [1, 4.5], where v is the
+    classifier-free guidance. They regress u + (w - 1) (v(caption) - v("")), w uniform in [1, MAX_GUIDANCE], v the
     averaged model itself at guidance 1 (guidance distillation, arXiv:2210.03142, with a moving teacher).
     Yields after every step; when exhausted, the pipeline holds the averaged weights.
     """
@@ -267,7 +269,7 @@ def train_flux(
         noise = torch.randn(x0.shape, generator=generator)
         x, target, row = x0 + sigma[:, None, None] * (noise - x0), noise - x0, index_of[chosen]
         row[: round(DROPPED_CAPTIONS * batch)] = empty
-        guidance = 1 + FLUX_GUIDANCE * torch.rand(batch, generator=generator)
+        guidance = 1 + (MAX_GUIDANCE - 1) * torch.rand(batch, generator=generator)
         guidance[:plain] = 1.0
         if plain < batch:
             with torch.no_grad():

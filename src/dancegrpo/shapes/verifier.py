@@ -25,9 +25,9 @@ COLOR_DISTANCE = 70.0
 PURITY = 0.5
 """Share of an object's pixels that must have its colour (an antialiased rim has not)."""
 MIN_AREA = 40
-"""Smaller components, in pixels, are specks: the smallest object drawn has about 100."""
+"""Smaller components, in pixels, are specks: the smallest object drawn has about 140."""
 SHAPE_IOU = 0.6
-"""Overlap with its template that a shape needs, besides beating the other templates; drawn ones reach 0.84."""
+"""Overlap with its template that a shape needs, besides beating the other templates; drawn ones have 0.89 or more."""
 ALIGNMENT = 0.5
 """Cosine between the offset of two objects and the relation's axis, as in GenEval: within 60 degrees."""
 _MAX_OBJECTS = 6
