@@ -254,3 +254,17 @@ def test_an_evaluation_that_its_judge_missed_is_made_up_by_a_resume(settings, mo
     down.clear()
     train(resume=result.run_dir)
     assert folder.evaluation_file(4).is_file()
+
+
+def test_a_run_that_another_process_trains_is_left_alone(settings):
+    run = train(load_config(settings)).run_dir
+    held = "import sys; from pathlib import Path; from dancegrpo.run_folder import RunFolder\n"
+    held += "with RunFolder(Path(sys.argv[1])).lock():\n    print('held', flush=True)\n    sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="another process trains in"):
+            train(resume=run, overrides=["iterations=5"])
+        other.kill()
+    assert train(resume=run, overrides=["iterations=5"]).iterations == 5

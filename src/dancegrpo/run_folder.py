@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -49,6 +50,28 @@ class RunFolder:
                 f"{path} is not a run folder (it has no config.yaml): name the folder that `train` printed"
             )
         return folder
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes from training in this folder; given up when this one ends, however it ends.
+
+        Raises CheckpointError when another one holds it. Where the system has no such locks, there is none.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        with (self.path / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"another process trains in {self.path}: wait for its end, or stop it first"
+                ) from error
+            except OSError:  # some network file systems have no locks
+                pass
+            yield
 
     @property
     def config_file(self) -> Path:

@@ -83,9 +83,10 @@ def train(
     trainer = Trainer(settings, judges)
     if folder is None:
         folder = RunFolder.create(settings, Path(out) if out is not None else None)
-    else:
-        folder.write_config(settings)
-    return trainer.fit(folder, resume=resume is not None)
+    with folder.lock():
+        if resume is not None:
+            folder.write_config(settings)
+        return trainer.fit(folder, resume=resume is not None)
 
 
 class Trainer:
