@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 
 def main() -> None:
     """Runs the command; a user's mistake is one line and exit code 2."""
+    # The libraries' notices (a fallback for want of torchvision) are no news to whoever types a command.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app()
     except DanceError as error:
