@@ -399,3 +399,20 @@ def test_it_says_that_it_is_no_judge_for_evaluations():
 
 def test_no_samples_need_no_person(opened, tmp_path):
     assert len(opened(votes=tmp_path / "v")(media(0), [])) == 0
+
+
+@pytest.mark.parametrize("content", [b"a red cat", b'{"key": 1}', b'{"group": "x", "mode": "rank", "votes": [9]}'])
+def test_a_file_that_is_no_torn_vote_is_refused_and_stays_as_it_was(tmp_path, content):
+    file = tmp_path / "mine.txt"
+    file.write_bytes(content)
+    with pytest.raises(RewardError, match="line 1 is no ballot"):
+        HumanReward(votes=file)
+    assert file.read_bytes() == content
+
+
+def test_people_are_given_finite_time_and_by_their_own_option(tmp_path):
+    with pytest.raises(RewardError, match="wait=inf"):
+        HumanReward(votes=tmp_path / "v.jsonl", wait=float("inf"))
+    options = {"votes": str(tmp_path / "v.jsonl"), "serve": False}
+    with pytest.raises(RewardError, match=r"by options\.wait"):
+        load_reward("people", RewardConfig(judge="human", timeout=5, options=options | {"serve": True}))

@@ -21,7 +21,7 @@ from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import load_reward
-from dancegrpo.rewards.chat import Answer
+from dancegrpo.rewards.chat import Answer, ScoreError
 from dancegrpo.rewards.vlm import VLMReward, score_answer
 from tiny_vlm_server import VOCABULARY, TinyVLM, serve
 
@@ -444,3 +444,18 @@ def test_options_that_cannot_be_are_refused_in_one_line(options, told):
     with pytest.raises(RewardError, match=told) as caught:
         VLMReward(**given)
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_in_an_answer_that_was_cut_off_is_no_score():
+    choice = {"message": {"content": "It shows 3 cats sitting on"}, "finish_reason": "length"}
+    with pytest.raises(ScoreError, match="cut off"):
+        score_answer(Answer.read({"choices": [choice]}), (1, 5), expected=False)
+    choice["message"]["content"] = " 3"
+    assert score_answer(Answer.read({"choices": [choice]}), (1, 5), expected=False) == 3
+
+
+def test_a_key_that_no_header_carries_is_refused_without_being_told(monkeypatch):
+    monkeypatch.setenv("VLM_KEY", "sk-abc\nsk-SECRET")
+    with pytest.raises(RewardError, match="the key in VLM_KEY") as refused:
+        VLMReward("http://127.0.0.1:9/v1", "tiny", rubric="{prompt}?", api_key_env="VLM_KEY", preflight=False)
+    assert "sk-" not in str(refused.value)

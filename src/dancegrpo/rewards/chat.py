@@ -104,6 +104,8 @@ class Answer:
 
     text: str
     tokens: tuple[tuple[bytes, Mapping[bytes, float]], ...] | None
+    cut: bool = False
+    """Whether the server stopped the model at the token limit."""
 
     @staticmethod
     def read(answer: Any) -> Answer:
@@ -117,7 +119,7 @@ class Answer:
             raise ScoreError("the server's answer is no chat completion") from error
         if not isinstance(text, str):
             raise ScoreError("the model answered without text")
-        return Answer(text, tokens)
+        return Answer(text, tokens, cut=choice.get("finish_reason") == "length")
 
 
 def _alternatives(entry: Mapping[str, Any]) -> dict[bytes, float]:
@@ -166,6 +168,9 @@ def _key(variable: str | None) -> str | None:
     key = os.environ.get(variable, "").strip() if variable is not None else None
     if variable is not None and not key:
         raise RewardError(f"api_key_env={variable!r} of the vlm judge is not set: export the variable with the key.")
+    if key and not all("!" <= letter <= "~" for letter in key):
+        # Refused here: the library's own message about such a header quotes it.
+        raise RewardError(f"the key in {variable} has characters that no header carries: export one line of ASCII.")
     return key
 
 

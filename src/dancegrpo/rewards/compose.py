@@ -1,4 +1,4 @@
-"""Judges made of judges: a picture judge that sees clips, and a threshold over any judge."""
+"""Judges made of judges: a picture judge that sees clips, a threshold over any judge, a limit on its time."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ class _Wrapped:
         """Of the judge inside, None where it has none."""
         return getattr(self.reward, "device", None)
 
+    def stop(self) -> None:
+        """Tells the judge inside, where it listens, that nobody waits for it any more."""
+        getattr(self.reward, "stop", lambda: None)()
+
     def to(self, device: Any) -> Self:
         """Moves the judge."""
         self.reward = self.reward.to(device)
@@ -47,10 +51,9 @@ class OverFrames(_Wrapped):
     """A judge of pictures as a judge of clips, (B, F, 3, H, W) with any F.
 
     frames: `mean` of every frame's score, the `worst` frame's score, or the `first` frame alone. A clip with a frame
-    that got no score has none itself: a mean over other frames than its neighbours' would not compare.
+    that got no score has none itself: a mean over other frames than its neighbours' would not compare. The judge's
+    batch size counts clips towards the panel, and frames towards the judge.
     """
-
-    batch_size: int | None = None
 
     def __init__(self, reward: Reward, frames: Frames = "mean") -> None:
         if frames not in ("mean", "worst", "first"):

@@ -41,6 +41,8 @@ def load_reward(name: str, config: RewardConfig) -> Reward:
     if config.frames or getattr(reward, "pictures_only", False):
         reward = OverFrames(reward, config.frames or "mean")
     if config.timeout is not None:
+        if not getattr(reward, "in_evaluation", True):
+            raise RewardError(f"timeout={config.timeout:g} of judge {name!r}: people are given time by options.wait.")
         reward = TimeLimit(reward, config.timeout)
     return reward if config.threshold is None else Binary(reward, config.threshold)
 

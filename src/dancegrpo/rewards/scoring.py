@@ -44,9 +44,11 @@ class Scoring:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for thread in self._threads.values():
+    def __exit__(self, kind: object, *_: object) -> None:
+        for name, thread in self._threads.items():
             thread.close()
+            if kind is not None:
+                getattr(self.rewards[name], "stop", lambda: None)()  # a judge between two tries need not make them
 
     def add(self, media: Tensor) -> None:
         """The next samples, (N, F, 3, H, W)."""

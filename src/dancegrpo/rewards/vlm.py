@@ -94,6 +94,10 @@ class VLMReward:
         values = torch.tensor([math.nan if isinstance(score, str) else score for score in told], device=media.device)
         return Scores(values, ~values.isnan(), causes=Counter(score for score in told if isinstance(score, str)))
 
+    def stop(self) -> None:
+        """No further tries: whoever waits for this judge has given up."""
+        self.endpoint.stopped.set()
+
     def to(self, device: Any) -> VLMReward:
         """The model runs elsewhere: nothing moves."""
         return self
@@ -146,6 +150,8 @@ class VLMReward:
 def score_answer(answer: Answer, scale: tuple[int, int], *, expected: bool = True) -> float:
     """The expectation over the scale's digits, or with `expected=False` the number written. ScoreError for neither."""
     text, number = find_number(answer.text, scale)
+    if answer.cut and text.strip() != number.group("number"):
+        raise ScoreError("the answer was cut off at the token limit: ask for the number alone, or raise max_tokens")
     value = float(number.group("number"))
     if not scale[0] <= value <= scale[1]:
         raise ScoreError(f"the model's number is outside the scale {scale[0]} to {scale[1]}")

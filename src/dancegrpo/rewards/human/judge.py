@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -60,7 +61,7 @@ class HumanReward:
     ) -> None:
         if mode not in MODES:
             raise RewardError(f"mode={mode!r} of the human judge is unknown: use {' or '.join(MODES)}.")
-        if wait is not None and not wait >= 0:
+        if wait is not None and not 0 <= wait < math.inf:
             raise RewardError(f"wait={wait} of the human judge is no time: give seconds, or null to wait for all.")
         if not fps > 0 or per_page < 1:
             raise RewardError(f"fps={fps} and per_page={per_page} of the human judge must both be above 0.")

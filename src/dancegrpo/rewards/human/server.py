@@ -76,15 +76,17 @@ def build_app(questions: Questions, token: str, *, settings: Mapping[str, Any], 
         return Response(content, headers=HEADERS, media_type=ASSETS[name])
 
     def state(request: Request) -> Response:
-        return JSONResponse({**settings, **questions.state()}, headers=HEADERS)
+        # As ASCII: a prompt may hold half a surrogate pair, which UTF-8 cannot carry.
+        content = json.dumps({**settings, **questions.state()})
+        return Response(content, headers=HEADERS, media_type="application/json")
 
     def media(request: Request) -> Response:
         question, index = questions.get(request.path_params["key"]), request.path_params["index"]
         if question is None or index >= len(question.frames):
             return JSONResponse({"error": CLOSED}, 404, HEADERS)
         content, kind = question.encode(index, fps)
-        # The key is made from the pixels: what it names never changes.
-        return Response(content, headers={**HEADERS, "Cache-Control": "private, max-age=3600"}, media_type=kind)
+        # Not to be cached: the key names a set of samples, and a later question may have them in another order.
+        return Response(content, headers=HEADERS, media_type=kind)
 
     async def vote(request: Request) -> Response:
         body = bytearray()

@@ -130,6 +130,10 @@ class Ballot:
         }
 
 
+_BEGINNING = b'{"group"'
+"""How each line that `Votes.add` writes begins."""
+
+
 class Votes:
     """Every ballot of a JSON-lines file by its group, the latest of each; new ones are on the disk when `add` returns.
 
@@ -184,10 +188,12 @@ class Votes:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            torn = number == len(lines) and not line.endswith(b"\n")
             try:
                 ballot = Ballot.read(json.loads(line))
             except (ValueError, RecursionError) as error:
-                if number == len(lines) and not line.endswith(b"\n"):
+                # Only what `add` may have begun: anything else is somebody's, and stays as it is.
+                if torn and isinstance(error, json.JSONDecodeError) and _BEGINNING.startswith(line[: len(_BEGINNING)]):
                     _log.warning("%s ends in half a line, which is dropped", self.path)
                     return len(content) - len(line)
                 remedy = "mend or delete the line"
