@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from dancegrpo.config import load_config
 from dancegrpo.rewards import load_judges
 from dancegrpo.trainer import Trainer
+from timing import timed
 
 
 class Floor:
@@ -76,7 +76,7 @@ class Floor:
         seconds = {}
         for size in sizes:
             call(256, size)
-            seconds[size] = min(_timed(lambda size=size: call(256, size)) for _ in range(2))
+            seconds[size] = min(timed(lambda size=size: call(256, size)) for _ in range(2))
         self.policy.module.zero_grad(set_to_none=True)
         return min(seconds, key=seconds.__getitem__)
 
@@ -97,14 +97,6 @@ class Floor:
             self.optimizer.zero_grad(set_to_none=True)
 
 
-def _timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="shapes-flux")
@@ -121,9 +113,9 @@ def main() -> None:
     rows = []
     for number in range(1, args.pairs + 1):
         metrics: dict[str, Any] = {}
-        seconds = _timed(lambda number=number, metrics=metrics: metrics.update(trainer.iterate(number)))
+        seconds = timed(lambda number=number, metrics=metrics: metrics.update(trainer.iterate(number)))
         pairs, updates = metrics["pairs/trained"], max(1, metrics["train/updates"])
-        bare = _timed(lambda pairs=pairs, updates=updates: floor.run(pairs, updates))
+        bare = timed(lambda pairs=pairs, updates=updates: floor.run(pairs, updates))
         rows.append({"iteration": seconds, "floor": bare, "pairs": pairs, "phases": _phases(metrics)})
         if not args.json:
             print(

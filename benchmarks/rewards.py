@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from dancegrpo.rewards import Judges
 from dancegrpo.rewards.clip import CosineReward, image_features
 from dancegrpo.rewards.hps import HPSReward
 from dancegrpo.rewards.open_clip import VIT_H_14, Architecture, Tower, build_clip
+from timing import timed
 
 SIZES = {
     "vit-h-14": VIT_H_14,
@@ -44,14 +43,6 @@ class RandomHPS(HPSReward):
         ids = torch.randint(0, 49406, (len(texts), self.model.config.text_config.max_position_embeddings))
         ids[:, -1] = 49407
         return ids
-
-
-def timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
 
 
 def main() -> None:

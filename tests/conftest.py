@@ -13,10 +13,13 @@ import torch
 
 from tiny import build_flux, build_sd
 
+# Tiny tensors gain nothing from a second thread, and beside other work on the machine wait for it at every kernel.
+torch.set_num_threads(1)
 
-@pytest.fixture(scope="session", autouse=True)
+
+@pytest.fixture(autouse=True)
 def _threads() -> None:
-    # Tiny tensors gain nothing from a second thread, and beside other work on the machine wait for it at every kernel.
+    # Again before each test: a run, or a command, sets a number of its own.
     torch.set_num_threads(1)
 
 

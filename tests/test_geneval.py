@@ -33,14 +33,6 @@ SEEN = ("bench", "dog", "cup")
 """Classes that the tiny detector is made to see everywhere."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
     """A folder with a Mask2Former-Swin of 80 classes and its preprocessor; it sees `SEEN`, here more and there less."""

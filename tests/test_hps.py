@@ -27,14 +27,6 @@ GOLDEN = Path(__file__).parent / "golden" / "hps_open_clip_tiny.safetensors"
 TEXTS = ["a red cat", "a cat", "cat red red", "", "a red cat"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def golden():
     return load_file(GOLDEN)

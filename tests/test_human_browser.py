@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,30 +12,19 @@ from typing import Any
 import pytest
 import torch
 
+from chromium import NEEDED, faint_texts, start_chromium, webdriver
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import Scores
 from dancegrpo.rewards.human import HumanReward
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install dancegrpo[dev])")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"),
-    pytest.mark.skipif(DRIVER is None, reason="chromedriver is not installed (apt-get install chromium-driver)"),
-]
+pytestmark = NEEDED
 HOSTILE = "</h1><img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
 PATIENCE = 30.0
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.add_argument("--disable-background-networking")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver = start_chromium(browser="ALL")
     yield driver
     driver.quit()
 
@@ -266,24 +254,8 @@ def test_text_stands_out_from_its_ground(browser: Any, start: Any, scheme: str) 
     run = start({"a red circle": 3})
     visit(browser, run, scheme=scheme)
     press(browser, "1", "2", "3")
-    ratios = browser.execute_script(
-        """
-        const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-        const channels = (color) => {
-          canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
-          return [...canvas.getImageData(0, 0, 1, 1).data];
-        };
-        const light = (c) => { const v = c.slice(0, 3).map(x => x / 255).map(
-          x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
-          return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2]; };
-        const ground = (e) => { while (e && channels(getComputedStyle(e).backgroundColor)[3] < 250) e = e.parentElement;
-          return channels(getComputedStyle(e).backgroundColor); };
-        return ['#count', '#prompt', '#task', '#undo', '#done', '#keys', '.place'].map(s => {
-            const e = document.querySelector(s), a = light(channels(getComputedStyle(e).color)), b = light(ground(e));
-            return [s, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)]; });
-        """
-    )
-    assert {selector: ratio for selector, ratio in ratios if ratio < 4.5} == {}
+    selectors = ["#count", "#prompt", "#task", "#undo", "#done", "#keys", ".place"]
+    assert faint_texts(browser, selectors) == {}
     if picture := os.environ.get("HUMAN_SCREENSHOTS"):
         browser.save_screenshot(f"{picture}/{scheme}.png")
 

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chromium import NEEDED, faint_texts, start_chromium, webdriver
 from dancegrpo.report import write_report
 from fake_run import FakeRun
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install dancegrpo[dev])")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"),
-    pytest.mark.skipif(DRIVER is None, reason="chromedriver is not installed (apt-get install chromium-driver)"),
-]
+pytestmark = NEEDED
 
 RUN = FakeRun(iterations=60, held_out=120, evaluations=(0, 30, 60), pictures=(0, 30, 60), masked=True)
 HOSTILE = "</script><img src=//example.invalid/x onerror=alert(1)>"
@@ -27,13 +21,7 @@ HOSTILE = "</script><img src=//example.invalid/x onerror=alert(1)>"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.add_argument("--disable-background-networking")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver = start_chromium(browser="ALL", performance="ALL")
     yield driver
     driver.quit()
 
@@ -168,25 +156,9 @@ def test_the_configuration_opens_on_a_click(page: Any) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_its_ground(browser: Any, report: Path, scheme: str) -> None:
     visit(browser, report, 1280, scheme)
-    ratios = browser.execute_script(
-        """
-        const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-        const channels = (color) => {
-          canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
-          return [...canvas.getImageData(0, 0, 1, 1).data];
-        };
-        const light = (c) => { const v = c.slice(0, 3).map(x => x / 255).map(
-          x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
-          return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2]; };
-        const ground = (e) => { while (e && channels(getComputedStyle(e).backgroundColor)[3] < 250) e = e.parentElement;
-          return channels(getComputedStyle(e).backgroundColor); };
-        return ['h1', '#verdict h2', '#verdict p', '.about', '.kicker', '.legend li', '.tiles dt', 'td small', 'b.up',
-          '.chart figcaption p', '.facts dt', 'footer p', '.findings li'].map(s => {
-            const e = document.querySelector(s), a = light(channels(getComputedStyle(e).color)), b = light(ground(e));
-            return [s, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)]; });
-        """
-    )
-    assert {selector: ratio for selector, ratio in ratios if ratio < 4.5} == {}
+    named = "h1; #verdict h2; #verdict p; .about; .kicker; .legend li; .tiles dt; "
+    named += "td small; b.up; .chart figcaption p; .facts dt; footer p; .findings li"
+    assert faint_texts(browser, named.split("; ")) == {}
 
 
 def test_the_page_is_quiet_and_stays_offline(browser: Any, tmp_path: Path) -> None:

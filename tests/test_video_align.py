@@ -34,14 +34,6 @@ TEXTS = ["a red cat", "a", "two dogs run over a green hill", "", "a red cat"]
 FULL = {"clip_fps": 4, "sample_fps": 2, "min_pixels": 784, "max_pixels": 4704, "batch_size": 3}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")

@@ -22,14 +22,6 @@ WEIGHTS = [0.5, -2, 0.25]
 TEXTS = ["a red cat", "a", "two dogs run over a green hill", "no", "a red cat"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")

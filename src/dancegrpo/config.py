@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,6 +22,7 @@ def _not_bool(value: object) -> object:
     return value
 
 
+Settings = TypeVar("Settings", bound=BaseModel)
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 Count = Annotated[Int, Field(ge=0)]
@@ -168,7 +169,7 @@ class RewardConfig(Frozen):
     """One judge of the run."""
 
     judge: Annotated[str, Field(min_length=1)]
-    """A shipped judge (`shapes`, `hps`) or a dotted path to a Python callable, `package.module:function`."""
+    """A shipped judge (`dancegrpo rewards`) or a dotted path to a Python callable, `package.module:function`."""
     weight: Float = 1.0
     """Weight of this judge in the sum (see `advantage.combine`); 0 = held out: measured, never trained on."""
     frames: Literal["mean", "worst", "first"] | None = None
@@ -347,10 +348,7 @@ def load_config(recipe: str | Path | Mapping[str, Any] | RunConfig, overrides: S
     refuse_interpolation(data)
     if isinstance(data.get("rewards"), Mapping):
         data["rewards"] = {name: reward for name, reward in data["rewards"].items() if reward is not None}
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(explain(error, RunConfig, data)) from error
+    return _validated(RunConfig, data)
 
 
 def load_reward_config(judge: str, overrides: Sequence[str] = ()) -> RewardConfig:
@@ -362,10 +360,14 @@ def load_reward_config(judge: str, overrides: Sequence[str] = ()) -> RewardConfi
     for override in overrides:
         data = apply_override(data, override, _defaults(RewardConfig))
     refuse_interpolation(data)
+    return _validated(RewardConfig, data)
+
+
+def _validated(model: type[Settings], data: Mapping[str, Any]) -> Settings:
     try:
-        return RewardConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(explain(error, RewardConfig, data)) from error
+        raise ConfigError(explain(error, model, data)) from error
 
 
 def list_recipes() -> list[RecipeInfo]:

@@ -28,7 +28,7 @@ from dancegrpo.policies.cache import CachedEncoder, ConditionCache
 from dancegrpo.progress import Progress
 from dancegrpo.prompts import GroupSampler, Prompt, open_prompts
 from dancegrpo.report import write_report
-from dancegrpo.rewards import IN_PYTHON, MIN_VALID_FRACTION, FunctionReward, Judges, Reward, load_reward
+from dancegrpo.rewards import CATALOG, IN_PYTHON, MIN_VALID_FRACTION, FunctionReward, Judges, Reward, load_reward
 from dancegrpo.run_folder import RunFolder
 from dancegrpo.sampling import step_plan, trained_steps
 from dancegrpo.statistics import summarize
@@ -37,8 +37,6 @@ from dancegrpo.update import Updater
 
 MAY_CHANGE = ("iterations", "output", "checkpoint.", "tracking.")
 """Settings that a resumed run may change: they do not touch what any iteration computes."""
-SERVICE_MAY_CHANGE = ("urls", "token_env", "token_file", "wait", "timeout", "connect_timeout", "retries", "backoff")
-"""Options of a judge behind a service that may change too: where and how it is asked, not what it says."""
 
 
 @dataclass(frozen=True)
@@ -344,13 +342,13 @@ def _resumed_config(
     else:
         wanted = config if isinstance(config, RunConfig) and not overrides else load_config(config, overrides)
     wanted = _with_rewards(wanted, rewards)
-    free = tuple(
-        f"rewards.{name}.options.{option}"
-        for name, reward in wanted.rewards.items()
-        for option in SERVICE_MAY_CHANGE
-        if reward.judge == "service"
-    )
-    changed = {key: pair for key, pair in diff_configs(held, wanted).items() if not key.startswith(MAY_CHANGE + free)}
+    judges = {name: CATALOG[reward.judge] for name, reward in wanted.rewards.items() if reward.judge in CATALOG}
+    placing = {f"rewards.{name}.options.{option}" for name, entry in judges.items() for option in entry.placing}
+    changed = {
+        key: pair
+        for key, pair in diff_configs(held, wanted).items()
+        if key not in placing and not key.startswith(MAY_CHANGE)
+    }
     if changed:
         listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in sorted(changed.items()))
         rule = "resume without them, or start a new run"

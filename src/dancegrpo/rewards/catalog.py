@@ -12,7 +12,8 @@ class Entry:
 
     target: `module:class`. takes: pictures, clips, or either. measures: one line. weights: hub files it fetches where
     the recipe gives no paths, (repository, file); file None = the whole repository. extra: the dependency group it
-    needs (`pip install dancegrpo[extra]`).
+    needs (`pip install dancegrpo[extra]`). placing: options that say where and how it is asked, not what it says: a
+    resumed run may change them.
     """
 
     target: str
@@ -20,6 +21,7 @@ class Entry:
     measures: str
     weights: tuple[tuple[str, str | None], ...] = ()
     extra: str | None = None
+    placing: tuple[str, ...] = ()
 
 
 CATALOG: dict[str, Entry] = {
@@ -51,11 +53,13 @@ CATALOG: dict[str, Entry] = {
         "dancegrpo.rewards.human:HumanReward",
         "either",
         "what people prefer: they rank or rate each group on a page in the browser",
+        placing=("port", "per_page", "fps", "wait"),
     ),
     "service": Entry(
         "dancegrpo.rewards.service.client:ServiceReward",
         "either",
         "any judge that runs in another process or on another machine, asked over HTTP",
+        placing=("urls", "token_env", "token_file", "wait", "timeout", "connect_timeout", "retries", "backoff"),
     ),
     "imagereward": Entry(
         "dancegrpo.rewards.image_reward:ImageRewardReward",
@@ -101,6 +105,7 @@ CATALOG: dict[str, Entry] = {
         "dancegrpo.rewards.vlm:VLMReward",
         "either",
         "what a vision-language model behind an OpenAI-compatible endpoint answers to your rubric",
+        placing=("url", "api_key_env", "timeout", "retries", "concurrency"),
     ),
 }
 """Name in a recipe -> the judge."""
