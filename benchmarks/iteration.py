@@ -82,7 +82,9 @@ class Floor:
 
     @torch.no_grad()
     def _decode(self) -> torch.Tensor:
-        return torch.cat([self.policy.decode(x) for x in self.trajectory.x0.split(64)])
+        told = self.trajectory
+        rows = torch.arange(len(told)).split(64)
+        return torch.cat([self.policy.decode(told.x0[r], told.condition[told.group[r]]) for r in rows])
 
     def run(self, pairs: int, updates: int) -> None:
         """The calls of an iteration that trained `pairs` pairs in `updates` optimizer steps."""

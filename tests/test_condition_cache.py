@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dancegrpo.config import ModelConfig, RolloutConfig
+from dancegrpo.errors import PromptError
 from dancegrpo.policies import Condition, Policy, load_policy
 from dancegrpo.policies.cache import CachedEncoder, ConditionCache
 from dancegrpo.prompts import Prompt
@@ -105,3 +106,23 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(policy: Policy, 
     assert same(
         CachedEncoder(policy, ConditionCache(tmp_path / "file", MEGABYTE)).encode(wanted), policy.encode(wanted)
     )
+
+
+def test_the_reference_image_is_part_of_the_key(tmp_path: Path) -> None:
+    from PIL import Image
+
+    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    red.save(tmp_path / "red.png")
+    prompts = [
+        Prompt(0, "a"),
+        Prompt(0, "a", image=red),
+        Prompt(0, "a", image=blue),
+        Prompt(0, "a", image=tmp_path / "red.png"),
+    ]
+    assert len({ConditionCache.key("c", prompt) for prompt in prompts}) == 4
+    assert ConditionCache.key("c", prompts[1]) == ConditionCache.key("c", Prompt(1, "a", image=red.copy()))
+
+
+def test_a_lost_reference_image_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"gone\.png cannot be read \(No such file or directory\)"):
+        ConditionCache.key("c", Prompt(0, "a", image=tmp_path / "gone.png"))

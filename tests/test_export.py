@@ -33,7 +33,7 @@ def trained(path: Path, lora: LoraConfig | None = None, **model: object) -> Poli
 
 def pictures(policy: Policy) -> torch.Tensor:
     condition = policy.encode(prompts(PROMPTS[0]))[[0, 0]]
-    return policy.decode(deterministic(policy, condition, noise(policy, 2)))[:, 0].detach()
+    return policy.decode(deterministic(policy, condition, noise(policy, 2)), condition)[:, 0].detach()
 
 
 def pictures_by_diffusers(pipeline, policy: Policy) -> torch.Tensor:
@@ -112,7 +112,7 @@ def test_the_card_sets_the_schedule_of_a_shifted_run(tiny_flux_path: Path, tmp_p
 
 def test_the_card_of_a_shipped_base_loads_it_by_name() -> None:
     card = ModelCard("shapes-flux", "shapes-flux", 100, ("shapes",))
-    text = card_text(card, Usage("", "", {"num_inference_steps": 6}), lora=True)
+    text = card_text(card, "text-to-image", Usage("", "", {"num_inference_steps": 6}), lora=True)
     assert 'from_pretrained(base_path("shapes-flux"))' in text
     assert "base_model:" not in text
 

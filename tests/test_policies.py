@@ -75,7 +75,7 @@ def test_sd_latents_and_pictures_equal_the_pipelines_bit_for_bit(tiny_sd_path: P
     ours = deterministic(policy, condition[[0, 0, 0]], start)
     call = {"negative_prompt": "blurry", "guidance_scale": guidance, "num_inference_steps": STEPS, "latents": start}
     pipeline = use_ddim(pipeline_of(tiny_sd_path))
-    for kind, expected in (("latent", ours), ("pt", policy.decode(ours)[:, 0].detach())):
+    for kind, expected in (("latent", ours), ("pt", policy.decode(ours, condition)[:, 0].detach())):
         images = pipeline(
             PROMPTS[0], num_images_per_prompt=3, output_type=kind, height=TINY_SIZE, width=TINY_SIZE, **call
         ).images
@@ -93,10 +93,11 @@ def test_flux_latents_and_pictures_equal_the_pipelines_bit_for_bit(
     path = build_flux(tmp_path / "m", guidance_embeds=guidance_embeds, dynamic_shift=dynamic_shift)
     policy = policy_of(path, RolloutConfig(num_steps=STEPS, shift=shift), max_sequence_length=48)
     start = noise(policy, 3)
-    ours = deterministic(policy, policy.encode(prompts(PROMPTS[0]))[[0, 0, 0]], start)
+    condition = policy.encode(prompts(PROMPTS[0]))[[0, 0, 0]]
+    ours = deterministic(policy, condition, start)
     call = {"guidance_scale": 3.5, "num_inference_steps": STEPS, "latents": start, "max_sequence_length": 48}
     pipeline = pipeline_of(path)
-    for kind, expected in (("latent", ours), ("pt", policy.decode(ours)[:, 0].detach())):
+    for kind, expected in (("latent", ours), ("pt", policy.decode(ours, condition)[:, 0].detach())):
         images = pipeline(
             PROMPTS[0], num_images_per_prompt=3, output_type=kind, height=TINY_SIZE, width=TINY_SIZE, **call
         ).images
@@ -117,7 +118,8 @@ def test_pictures_that_are_not_square_equal_the_pipelines(tiny_flux_path: Path) 
     config = ModelConfig(path=str(tiny_flux_path), height=16, width=24, max_sequence_length=48, device="cpu")
     policy = load_policy(config, RolloutConfig(num_steps=3))
     start = noise(policy, 1)
-    ours = policy.decode(deterministic(policy, policy.encode(prompts(PROMPTS[0])), start)).detach()
+    condition = policy.encode(prompts(PROMPTS[0]))
+    ours = policy.decode(deterministic(policy, condition, start), condition).detach()
     call = {"height": 16, "width": 24, "num_inference_steps": 3, "latents": start, "output_type": "pt"}
     expected = pipeline_of(tiny_flux_path)(PROMPTS[0], max_sequence_length=48, **call).images
     assert ours.shape == (1, 1, 3, 16, 24)
@@ -130,7 +132,7 @@ def test_half_precision_networks_give_float32_latents_near_full_precision(family
     expected = deterministic(full, full.encode(prompts(*PROMPTS[:2])), start)
     latents = deterministic(half, half.encode(prompts(*PROMPTS[:2])), start)
     assert latents.dtype == torch.float32
-    assert half.decode(latents).dtype == torch.float32
+    assert half.decode(latents, half.encode(prompts(*PROMPTS[:2]))).dtype == torch.float32
     assert (latents - expected).square().mean().sqrt() < 0.05 * expected.std()
 
 

@@ -10,7 +10,7 @@ from dancegrpo.config import load_config
 from dancegrpo.errors import ModelError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores
-from dancegrpo.update import Updater, deal, work_list
+from dancegrpo.update import Part, Updater, deal, work_list
 from toy import ToyPolicy
 
 PROMPTS = [Prompt(i, "word" * (i + 1)) for i in range(3)]
@@ -36,7 +36,7 @@ def prepared(config, seed=0):
         policy.keep_reference()
     updater = Updater(policy, algorithm, config)
     trajectory = algorithm.collect(policy, policy.encode(PROMPTS), 0)
-    values = policy.decode(trajectory.x0).mean(dim=(1, 2, 3, 4)).detach()
+    values = policy.decode(trajectory.x0, trajectory.condition).mean(dim=(1, 2, 3, 4)).detach()
     return policy, algorithm, updater, trajectory, values
 
 
@@ -233,3 +233,13 @@ def test_a_sample_that_one_judge_failed_on_is_not_trained():
         GRPO(both).advantage({"a": Scores(torch.randn(8), valid), "b": Scores(torch.randn(8), broken)}, group).weight
     )
     assert weight.tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
+
+
+@given(st.integers(1, 5), st.lists(st.integers(0, 2), min_size=1, max_size=30))
+def test_micro_batches_hold_every_pair_once_and_never_mix_buckets(size, names):
+    """Two networks (Wan 2.2) share no forward pass."""
+    bucket = torch.tensor(names)[:, None]
+    part = Part(torch.arange(len(names)), torch.zeros(len(names), dtype=torch.int64), 1.0)
+    batches = [sample for sample, _ in part.micro_batches(size, bucket)]
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(names)))
+    assert all(len(batch) <= size and len(bucket[batch].unique()) == 1 for batch in batches)

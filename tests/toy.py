@@ -24,7 +24,7 @@ class ToyPolicy(Policy):
         self.dynamics = FlowDynamics(flow_sigmas(num_steps, 1.5))
         self.latent_shape = (4,)
         self.device = torch.device("cpu")
-        self.start: dict[str, Tensor] | None = None
+        self.kept: dict[str, Tensor] | None = None
         self.override: dict[str, Tensor] = {}
 
     def encode(self, prompts) -> Condition:
@@ -35,14 +35,14 @@ class ToyPolicy(Policy):
         told = torch.cat([x_t, sigma, condition.tensors["word"]], dim=1)
         return torch.func.functional_call(self.module, self.override, told)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, condition: Condition) -> Tensor:
         return latents.sigmoid().repeat(1, 3).reshape(len(latents), 1, 3, 2, 2)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters())
 
     def keep_reference(self) -> None:
-        self.start = {name: p.detach().clone() for name, p in self.trainable().items()}
+        self.kept = {name: p.detach().clone() for name, p in self.trainable().items()}
 
     @contextmanager
     def use_weights(self, weights):
@@ -51,7 +51,7 @@ class ToyPolicy(Policy):
         self.override = held
 
     def reference(self):
-        return self.use_weights(self.start) if self.start else nullcontext()
+        return self.use_weights(self.kept) if self.kept else nullcontext()
 
     def export(self, folder: Path, card=None) -> None:
         raise NotImplementedError

@@ -54,21 +54,47 @@ class LoraConfig(Frozen):
     """Names (suffixes) of the linear layers that get an adapter."""
 
 
+class PromptTemplate(Frozen):
+    """What HunyuanVideo's language model reads around a prompt."""
+
+    template: Annotated[str, Field(pattern=r"\{\}")]
+    """Text with `{}` where the prompt goes; for image-to-video with `<image>` where the picture goes."""
+    crop_start: Count = 0
+    """Tokens of the template before the prompt: their states are cut off."""
+    image_emb_start: Count | None = None
+    """First token of the picture; image-to-video with a vision-language encoder only, as the two below."""
+    image_emb_end: Count | None = None
+    image_emb_len: Count | None = None
+
+
 class ModelConfig(Frozen):
     """Which generator is trained, and how it is called."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A shipped pipeline (`shapes-flux`, `shapes-sd`), a folder in diffusers' layout, or a hub id."""
+    """A shipped pipeline (`shapes-flux`, `shapes-sd`, ...), a folder in diffusers' layout, or a hub id."""
     revision: str | None = None
+    policy: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
+    """A policy class of your own, `package.module:Class`, for pipelines that no shipped one covers (docs/porting.md)."""
     height: Pixels = 512
     """Pixels."""
     width: Pixels = 512
     """Pixels."""
+    num_frames: Positive = 1
+    """Frames of a clip; the video families' autoencoders know 1, 5, 9, ... With 1, a video model makes pictures."""
+    fps: PositiveFloat = 8.0
+    """Frames per second of the clips that are written; judges and generators do not read it."""
     guidance_scale: NonNegative = 3.5
-    """Classifier-free guidance (Stable Diffusion; 1 or less = off) or the embedded guidance value (FLUX.1-dev;
-    schnell has none and ignores it)."""
+    """Classifier-free guidance (Stable Diffusion, SDXL, SD3, Wan; 1 or less = off), or the guidance value that the
+    network embeds (FLUX.1-dev, HunyuanVideo, SkyReels-I2V); those without (FLUX.1-schnell, Qwen-Image) ignore it."""
+    true_cfg_scale: NonNegative = 1.0
+    """Classifier-free guidance of the families whose guidance_scale is embedded (HunyuanVideo, SkyReels-I2V,
+    Qwen-Image); 1 = off."""
+    guidance_scale_2: NonNegative | None = None
+    """Wan 2.2: the guidance of its second network, for low noise; None = guidance_scale."""
     max_sequence_length: Positive | None = None
-    """Text tokens given to a T5 encoder; None = the pipeline's default."""
+    """Text tokens per prompt; None = the pipeline's default."""
+    prompt_template: PromptTemplate | None = None
+    """HunyuanVideo: what stands around a prompt; None = the pipeline's own template."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the networks. Trained weights, transitions and log-probabilities stay in float32."""
     device: str = "auto"
@@ -77,6 +103,12 @@ class ModelConfig(Frozen):
     """None = all weights of the denoiser are trained."""
     gradient_checkpointing: bool = False
     """Recompute activations of the repeated blocks in the backward pass: less memory, about a third more time."""
+    vae_tiling: bool = False
+    """Decode in overlapping tiles, where the autoencoder can: less memory, faint seams in large pictures."""
+    vae_slicing: bool = False
+    """Decode the samples of a batch one by one, where the autoencoder can: less memory."""
+    offload: bool = False
+    """Keep text encoders and the autoencoder in the host's memory while they are idle."""
 
 
 class PromptsConfig(Frozen):
@@ -128,6 +160,9 @@ class RolloutConfig(Frozen):
     timesteps: TimestepsConfig = TimestepsConfig()
     batch_size: Positive = 8
     """Samples per forward pass while sampling."""
+    store: Literal["device", "host"] = "device"
+    """Where the latents around the trained transitions wait for the update: beside the networks, or in the host's
+    memory, from which each micro-batch fetches its own."""
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:

@@ -44,7 +44,8 @@ def pictures(
     for first in range(0, len(prompts), batch_size):
         batch = list(prompts[first : first + batch_size])
         noise = normal(policy.latent_shape, seed, "evaluation", [(first + offset,) for offset in range(len(batch))])
-        yield batch, policy.decode(sample(policy, (encode or policy.encode)(batch), noise))
+        condition = (encode or policy.encode)(batch)
+        yield batch, policy.decode(sample(policy, condition, noise), condition)
 
 
 @torch.no_grad()

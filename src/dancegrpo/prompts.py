@@ -7,6 +7,7 @@ is asked for. A million prompts cost no memory.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -14,22 +15,43 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from dancegrpo.errors import PromptError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request to the generator. Groups are known by integer ids, never by text."""
+    """One request to the generator. Groups are known by integer ids, never by text.
+
+    image: the reference of image-to-video: a file, or a PIL picture.
+    """
 
     id: int
     text: str
     negative: str = ""
-    image: Path | None = None
+    image: Path | Image | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def request(self) -> tuple[str, str, str]:
+        """All that encoding depends on: the text, the negative one and a sha256 of the image ("" without one).
+
+        Raises PromptError where the image's file cannot be read.
+        """
+        return self.text, self.negative, "" if self.image is None else self._image_digest(self.image)
+
+    def _image_digest(self, image: Path | Image) -> str:
+        if isinstance(image, Path):
+            try:
+                return hashlib.sha256(image.read_bytes()).hexdigest()
+            except OSError as error:
+                raise PromptError(f"image {image} cannot be read ({error.strerror}): put it back") from error
+        return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
 
 
 class PromptSource(ABC):
@@ -256,14 +278,16 @@ FILES = {".txt": TextFile, ".jsonl": JsonlFile, ".csv": CsvFile}
 
 
 def open_prompts(source: str, *, column: str = "text", negative: str = "") -> PromptSource:
-    """The prompts of `shapes:train`, `shapes:heldout`, a .txt/.jsonl/.csv/.parquet file or `hf:DATASET[:SPLIT]`.
+    """The prompts of `shapes:train`, a .txt/.jsonl/.csv/.parquet file or `hf:DATASET[:SPLIT]`.
 
+    The shapes world has captions of drawings (`shapes`), of clips (`shapes-video`) and of their stills (`shapes-t2i`),
+    and first frames to set in motion (`shapes-i2v`), each as `:train` and `:heldout`.
     column: the field that holds the text (not in .txt). negative: for prompts that bring no negative one of their own.
     Every record is checked now; raises PromptError, one line with file and line, for the first one that is unusable.
     """
     kind, colon, rest = source.partition(":")
-    if colon and kind == "shapes":
-        return _shapes(rest, negative)
+    if colon and kind in ("shapes", "shapes-video", "shapes-i2v", "shapes-t2i"):
+        return _shapes(kind, rest, negative)
     if colon and kind == "hf":
         from dancegrpo.prompt_tables import HubDataset
 
@@ -285,14 +309,17 @@ def open_prompts(source: str, *, column: str = "text", negative: str = "") -> Pr
     return FILES[suffix](path, fields)
 
 
-def _shapes(split: str, negative: str) -> PromptSource:
-    from dancegrpo.shapes.scenes import prompts
+def _shapes(kind: str, split: str, negative: str) -> PromptSource:
+    if split != "train" and split != "heldout":
+        raise PromptError(f"{kind}:{split} does not exist: use {kind}:train or {kind}:heldout")
+    if kind == "shapes":
+        from dancegrpo.shapes.scenes import prompts
 
-    if split == "train":
-        return PromptList(prompts("train"), negative)
-    if split == "heldout":
-        return PromptList(prompts("heldout"), negative)
-    raise PromptError(f"shapes:{split} does not exist: use shapes:train or shapes:heldout")
+        return PromptList(prompts(split), negative)
+    from dancegrpo.shapes.clips import clip_prompts, i2v_prompts, still_prompts
+
+    forms = {"shapes-video": clip_prompts, "shapes-i2v": i2v_prompts, "shapes-t2i": still_prompts}
+    return forms[kind](split, negative=negative)
 
 
 class GroupSampler:

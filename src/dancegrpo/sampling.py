@@ -15,6 +15,10 @@ from dancegrpo.policies.base import Condition, Dynamics, Policy
 from dancegrpo.sde import Gaussian, Reduction
 
 
+OnBatch = Callable[[Tensor, Condition], None]
+"""What takes a rollout's final latents (N, *S), with their N conditions, as they come."""
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """Decided before the rollout: which K transitions of each sample are trained, and how noisy each of the T is.
@@ -30,9 +34,9 @@ class StepPlan:
 class Trajectory:
     """What training keeps of a rollout. B samples, K trained transitions each, latent shape S.
 
-    x_t, x_next: (B, K, *S) latents before and after the trained transitions. step: (B, K) int64.
-    noise_level, log_prob: (B, K) float32. x0: (B, *S) final latents. group: (B,) int64 into `condition`.
-    condition: one row per prompt, not repeated per sample.
+    x_t, x_next: (B, K, *S) latents before and after the trained transitions, in the host's memory with
+    `rollout.store=host`; all else is on the policy's device. step: (B, K) int64. noise_level, log_prob: (B, K) float32.
+    x0: (B, *S) final latents. group: (B,) int64 into `condition`. condition: one row per prompt, not repeated per sample.
     """
 
     x_t: Tensor
@@ -121,15 +125,15 @@ def rollout(
     seed: int = 0,
     iteration: int = 0,
     reduction: Reduction = "mean",
-    on_batch: Callable[[Tensor], None] | None = None,
+    on_batch: OnBatch | None = None,
 ) -> Trajectory:
     """Samples group_size outputs for each of the P prompts of `condition` with the policy's stochastic sampler.
 
     Groups are contiguous: sample i belongs to group i // group_size. Noise is keyed by (seed, iteration, group, sample,
     step), so the result does not depend on `config.batch_size` beyond rounding. `sde` and `shift` are the policy's own,
     fixed by `load_policy`; another `num_steps` than its raises ConfigError. reduction: of the log-probability over
-    the latent's elements, `mean` or `sum`. on_batch: called with the final latents (N, *S) of each batch as it is done,
-    in the order of samples.
+    the latent's elements, `mean` or `sum`. on_batch: called with the final latents (N, *S) and the conditions of each
+    batch as it is done, in the order of samples.
     """
     num_prompts, size = len(condition), config.group_size
     if config.num_steps != policy.dynamics.num_steps:
@@ -141,34 +145,66 @@ def rollout(
     start = starting_noise(config, policy.latent_shape, num_prompts, seed, iteration)
     group = torch.arange(num_prompts).repeat_interleave(size)
     (batch, kept), device = plan.trained.shape, policy.device
-    x_t = torch.empty(batch, kept, *policy.latent_shape, device=device)
-    x_next, log_prob = torch.empty_like(x_t), torch.empty(batch, kept, device=device)
+    x_t, x_next = (_latents((batch, kept, *policy.latent_shape), config.store, device) for _ in range(2))
+    log_prob = torch.empty(batch, kept, device=device)
     x0 = torch.empty(batch, *policy.latent_shape, device=device)
     for first in range(0, batch, config.batch_size):
         rows = torch.arange(first, min(first + config.batch_size, batch))
-        x, told = start[rows].to(device), condition[group[rows].to(device)]
+        told = condition[group[rows].to(device)]
+        x = policy.start(start[rows].to(device), told)
         for step in range(config.num_steps):
             gaussian = _transition(policy, x, step, told, plan.noise_level[rows, step])
             noise = _step_noise(plan, policy.latent_shape, rows, size, step, seed, iteration)
             following = gaussian.mean if noise is None else gaussian.sample(noise.to(device))
             local, slot = (plan.trained[rows] == step).nonzero(as_tuple=True)
             if len(local):
-                at, to, local = rows[local].to(device), slot.to(device), local.to(device)
-                x_t[at, to], x_next[at, to] = x[local], following[local]
+                at, local = rows[local], local.to(device)
+                _put(x_t, at, slot, x[local])
+                _put(x_next, at, slot, following[local])
                 taken = Gaussian(gaussian.mean[local], gaussian.std[local])
-                log_prob[at, to] = taken.log_prob(following[local], reduction=reduction)
+                _put(log_prob, at, slot, taken.log_prob(following[local], reduction=reduction))
             x = following
         x0[rows.to(device)] = x
         if on_batch is not None:
-            on_batch(x)
+            on_batch(x, told)
     level = plan.noise_level.gather(1, plan.trained).to(device)
     return Trajectory(x_t, x_next, plan.trained.to(device), level, log_prob, x0, group.to(device), condition)
+
+
+def _latents(shape: tuple[int, ...], store: str, device: torch.device) -> Tensor:
+    """Room for a trajectory's latents. Pages that are pinned go to and from the accelerator without a detour."""
+    if store == "host" and device.type != "cpu":
+        return torch.empty(shape, pin_memory=device.type == "cuda")
+    return torch.empty(shape, device=device)
+
+
+def _put(store: Tensor, row: Tensor, slot: Tensor, values: Tensor) -> None:
+    """store[row, slot] = values, from one device to another where they differ. row, slot: (N,) int64 on the CPU."""
+    if store.device == values.device:
+        store[row.to(store.device), slot.to(store.device)] = values
+    else:
+        copy_rows([store[r, s] for r, s in zip(row.tolist(), slot.tolist(), strict=True)], values)
+
+
+def fetch(store: Tensor, row: Tensor, slot: Tensor, device: torch.device) -> Tensor:
+    """store[row, slot] on `device`: (N, *S) of a store (B, K, *S) wherever it lies. row, slot: (N,) int64."""
+    if store.device == device:
+        return store[row.to(device), slot.to(device)]
+    fetched = torch.empty(len(row), *store.shape[2:], dtype=store.dtype, device=device)
+    copy_rows(fetched, [store[r, s] for r, s in zip(row.tolist(), slot.tolist(), strict=True)])
+    return fetched
+
+
+def copy_rows(to: Sequence[Tensor] | Tensor, values: Sequence[Tensor] | Tensor) -> None:
+    """Copies row by row: an index over pinned memory would first gather a second copy that is not pinned."""
+    for target, value in zip(to, values, strict=True):
+        target.copy_(value, non_blocking=True)
 
 
 @torch.no_grad()
 def sample(policy: Policy, condition: Condition, noise: Tensor) -> Tensor:
     """The deterministic deployment sampler: starting noise (B, *S), condition of length B -> final latents (B, *S)."""
-    x = noise.to(policy.device)
+    x = policy.start(noise.to(policy.device), condition)
     silent = torch.zeros(len(x))
     for step in range(policy.dynamics.num_steps):
         x = _transition(policy, x, step, condition, silent).mean

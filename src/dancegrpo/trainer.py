@@ -23,7 +23,7 @@ from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.files import write_json
 from dancegrpo.health import Clock, peak_memory_mb, reward_metrics, use_threads
 from dancegrpo.media import grid, save_image
-from dancegrpo.policies import Policy, load_policy
+from dancegrpo.policies import Condition, Policy, load_policy
 from dancegrpo.policies.cache import CachedEncoder, ConditionCache
 from dancegrpo.progress import Progress
 from dancegrpo.prompts import GroupSampler, Prompt, open_prompts
@@ -172,9 +172,9 @@ class Trainer:
         drawn = [prompt for prompt in prompts for _ in range(size)]
         with torch.no_grad(), self.judges.scoring(drawn) as scoring:
 
-            def judge(x0: Tensor) -> None:
+            def judge(x0: Tensor, told: Condition) -> None:
                 with clock("decode"):
-                    media = policy.decode(x0)
+                    media = policy.decode(x0, told)
                 with clock("reward"):
                     scoring.add(media)
 

@@ -33,9 +33,12 @@ class Part:
     slot: Tensor
     scale: float
 
-    def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(sample, slot) in runs of at most `size` pairs."""
-        yield from zip(self.sample.split(size), self.slot.split(size), strict=True)
+    def micro_batches(self, size: int, bucket: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(sample, slot) in runs of at most `size` pairs of one bucket. bucket: (B, K) int64, of every pair."""
+        of_pair = bucket[self.sample, self.slot]
+        for name in of_pair.unique().tolist():
+            chosen = of_pair == name
+            yield from zip(self.sample[chosen].split(size), self.slot[chosen].split(size), strict=True)
 
 
 def deal(group: Tensor, weight: Tensor, num_parts: int) -> Tensor:
@@ -132,7 +135,7 @@ class Updater:
         """Gradients of one part's loss, whatever the micro-batch; returns the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.policy.device)
-        for sample, slot in part.micro_batches(self.config.update.micro_batch_size):
+        for sample, slot in self._micro_batches(part, trajectory):
             pairs = gather(trajectory, advantage, sample, slot, old_log_prob)
             loss, told = self.algorithm.loss(self.policy, pairs)
             loss = loss.sum() * part.scale
@@ -144,6 +147,9 @@ class Updater:
                 statistics["first"].append(told["ratio"])
                 statistics["replay"].append((told["log_prob"] - trajectory.log_prob[sample, slot]).abs())
         return total
+
+    def _micro_batches(self, part: Part, trajectory: Trajectory) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from part.micro_batches(self.config.update.micro_batch_size, self.policy.bucket(trajectory.step.cpu()))
 
     def _replay_difference(self, statistics: dict[str, list[Tensor]]) -> float:
         largest = float(torch.cat(statistics["replay"]).max())
@@ -159,7 +165,7 @@ class Updater:
     def _recompute(self, parts: list[Part], trajectory: Trajectory, advantage: Advantage) -> Tensor:
         log_prob = trajectory.log_prob.clone()
         for part in parts:
-            for sample, slot in part.micro_batches(self.config.update.micro_batch_size):
+            for sample, slot in self._micro_batches(part, trajectory):
                 pairs = gather(trajectory, advantage, sample, slot, None)
                 log_prob[sample, slot] = self.algorithm.log_prob(self.policy, pairs)
         return log_prob

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.rewards.base import Scores
-from dancegrpo.sampling import Trajectory
+from dancegrpo.sampling import OnBatch, Trajectory
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Algorithm(Protocol):
         policy: Policy,
         condition: Condition,
         iteration: int,
-        on_batch: Callable[[Tensor], None] | None = None,
+        on_batch: OnBatch | None = None,
     ) -> Trajectory:
-        """One rollout of `condition`'s prompts. on_batch: given final latents (N, *S) as they come, in order."""
+        """One rollout of `condition`'s prompts. on_batch: given latents and conditions as they come."""
 
     def advantage(self, scores: Mapping[str, Scores], group: Tensor) -> Advantage:
         """Judges' scores -> advantage and weight of each sample."""

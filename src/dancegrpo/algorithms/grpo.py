@@ -14,7 +14,7 @@ from dancegrpo.config import RunConfig
 from dancegrpo.objectives import approx_kl, clipped_surrogate, is_clipped, ratio
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.rewards.base import Scores
-from dancegrpo.sampling import Trajectory, rollout
+from dancegrpo.sampling import OnBatch, Trajectory, rollout
 from dancegrpo.sde import Gaussian
 
 
@@ -30,7 +30,7 @@ class GRPO:
         policy: Policy,
         condition: Condition,
         iteration: int,
-        on_batch: Callable[[Tensor], None] | None = None,
+        on_batch: OnBatch | None = None,
     ) -> Trajectory:
         """Samples group_size outputs per prompt."""
         config, reduction = self.config, self.config.algorithm.log_prob_reduction

@@ -36,9 +36,22 @@ class Condition:
 
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
-        """The rows of all parts, in order; at least one part, all of the same names."""
-        names = parts[0].tensors
-        return Condition({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
+        """The rows of all parts, in order; at least one part, all of the same names.
+
+        Sequences (axis 1) of different length are filled up with zeros at their end, masks with False: the families
+        whose conditions differ in length keep a mask beside them.
+        """
+        return Condition({name: _stack([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    longest = max(tensor.shape[1] if tensor.ndim > 1 else 0 for tensor in tensors)
+    filled = []
+    for tensor in tensors:
+        if tensor.ndim > 1 and (lacking := longest - tensor.shape[1]):
+            tensor = torch.cat([tensor, tensor.new_zeros(len(tensor), lacking, *tensor.shape[2:])], dim=1)
+        filled.append(tensor)
+    return torch.cat(filled)
 
 
 class Policy(ABC):
@@ -63,6 +76,20 @@ class Policy(ABC):
         return False
 
     @property
+    def takes_image(self) -> bool:
+        """Whether a prompt must bring a reference image."""
+        return False
+
+    def bucket(self, step: Tensor) -> Tensor:
+        """step (N,) int64 -> (N,) int64 names of what may share a forward pass: Wan 2.2 has a network for each of two
+        ranges of steps. Micro-batches never mix buckets."""
+        return torch.zeros_like(step)
+
+    def start(self, noise: Tensor, condition: Condition) -> Tensor:
+        """noise (B, *S), standard normal -> the latents (B, *S) that sampling starts from."""
+        return noise
+
+    @property
     @abstractmethod
     def condition_id(self) -> str:
         """Names everything but the prompt that `encode` depends on: text encoders, tokenizers, dtype, settings."""
@@ -76,8 +103,11 @@ class Policy(ABC):
         """x_t (B, *S) float32, step (B,) int64 in [0, T), B conditions -> velocity or noise, (B, *S) float32."""
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """latents (B, *S) -> media (B, F, 3, H, W) float32 in [0, 1]. No gradient unless grad mode is on."""
+    def decode(self, latents: Tensor, condition: Condition) -> Tensor:
+        """latents (B, *S) and their B conditions -> media (B, F, 3, H, W) float32 in [0, 1].
+
+        No gradient unless grad mode is on.
+        """
 
     @abstractmethod
     def trainable(self) -> dict[str, torch.nn.Parameter]:

@@ -28,8 +28,8 @@ class ConditionCache:
     @staticmethod
     def key(condition_id: str, prompt: Prompt) -> str:
         """sha256 of all that a condition depends on; condition_id: see `Policy.condition_id`."""
-        # repr quotes, so no two different triples give one text.
-        return hashlib.sha256(repr((condition_id, prompt.text, prompt.negative)).encode()).hexdigest()
+        # repr quotes, so no two different tuples give one text.
+        return hashlib.sha256(repr((condition_id, *prompt.request())).encode()).hexdigest()
 
     def get(self, key: str) -> Condition | None:
         """The condition (length 1, on the CPU) stored under `key`, or None."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+Task = Literal["text-to-image", "text-to-video", "image-to-video"]
+"""What a pipeline does, in the hub's words."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,17 @@ class Usage:
     """Class of the scheduler to set; empty where the pipeline's own is the right one."""
     construct: str
     """What follows the class's name to make one: `(shift=3.0)`."""
-    arguments: Mapping[str, float]
-    """Keyword arguments of the pipeline call."""
+    arguments: Mapping[str, object]
+    """Keyword arguments of the pipeline call: plain values."""
 
 
-def card_text(card: ModelCard, usage: Usage, *, lora: bool) -> str:
+def card_text(card: ModelCard, task: Task, usage: Usage, *, lora: bool) -> str:
     """The README.md of an export: front matter for the hub, what it is, and an example that runs."""
     from dancegrpo.shapes import PIPELINES
 
     shipped = card.base_model in PIPELINES
     kind = "LoRA weights for" if lora else "A complete diffusers pipeline, fine-tuned from"
-    front = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
+    front = ["---", "library_name: diffusers", f"pipeline_tag: {task}"]
     if not shipped and not Path(card.base_model).exists():  # the hub knows ids of its own only
         front += [f"base_model: {card.base_model}"]
     front += ["tags:", "- dancegrpo", "- reinforcement-learning", *["- lora"] * lora, "---", ""]
@@ -55,7 +59,7 @@ def card_text(card: ModelCard, usage: Usage, *, lora: bool) -> str:
         "## Use",
         "",
         "```python",
-        *_example(card, usage, shipped=shipped, lora=lora),
+        *_example(card, task, usage, shipped=shipped, lora=lora),
         "```",
         "",
         "These are the settings it was trained and measured with; others work less well.",
@@ -63,10 +67,13 @@ def card_text(card: ModelCard, usage: Usage, *, lora: bool) -> str:
     return "\n".join(front + body + (["", card.notes] if card.notes else [])) + "\n"
 
 
-def _example(card: ModelCard, usage: Usage, *, shipped: bool, lora: bool) -> list[str]:
-    """Lines of Python that load the weights and draw one picture the way the run did."""
+def _example(card: ModelCard, task: Task, usage: Usage, *, shipped: bool, lora: bool) -> list[str]:
+    """Lines of Python that load the weights and make one picture or clip the way the run did."""
     names = sorted({"DiffusionPipeline", usage.scheduler} - {""})
     lines = [f"from diffusers import {', '.join(names)}"]
+    if task != "text-to-image":
+        names = ["export_to_video", *["load_image"] * (task == "image-to-video")]
+        lines += [f"from diffusers.utils import {', '.join(names)}"]
     if lora:
         base = f'base_path("{card.base_model}")' if shipped else f'"{card.base_model}"'
         lines = ["from dancegrpo.shapes import base_path"] * shipped + lines
@@ -76,5 +83,12 @@ def _example(card: ModelCard, usage: Usage, *, shipped: bool, lora: bool) -> lis
         lines += ["", 'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")']
     if usage.scheduler:
         lines += [f"pipe.scheduler = {usage.scheduler}{usage.construct}"]
-    arguments = ", ".join(f"{name}={value}" for name, value in usage.arguments.items())
-    return [*lines, f'image = pipe("a prompt", {arguments}).images[0]']
+    arguments = ", ".join(f"{name}={value!r}" for name, value in usage.arguments.items())
+    if task == "text-to-image":
+        return [*lines, f'image = pipe(prompt="a prompt", {arguments}).images[0]']
+    first = 'image=load_image("first_frame.png"), ' if task == "image-to-video" else ""
+    return [
+        *lines,
+        f'clip = pipe({first}prompt="a prompt", {arguments}).frames[0]',
+        'export_to_video(clip, "clip.mp4")',
+    ]

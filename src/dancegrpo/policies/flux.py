@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,13 +11,11 @@ from torch import Tensor
 from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.base import Condition
-from dancegrpo.policies.export import Usage
-from dancegrpo.policies.pipeline import PipelinePolicy
+from dancegrpo.policies.flow import FlowPolicy
 from dancegrpo.prompts import Prompt
-from dancegrpo.sde import FlowDynamics, flow_sigmas
 
 
-class FluxPolicy(PipelinePolicy):
+class FluxPolicy(FlowPolicy):
     """`FluxPipeline`, guidance-distilled (dev) or not (schnell).
 
     Latents are the pipeline's packed ones, (h/2 * w/2, 4C): the space in which it takes `latents` and steps. (From a
@@ -25,9 +23,11 @@ class FluxPolicy(PipelinePolicy):
     gives the velocity. Latents stay float32 between steps in every dtype; the pipeline rounds them to the model's.
     """
 
-    denoiser: ClassVar[str] = "transformer"
+    denoisers: ClassVar[tuple[str, ...]] = ("transformer",)
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    settings: ClassVar[tuple[str, ...]] = ("max_sequence_length",)
+    timestep_unit: ClassVar[float] = 1.0
 
     @property
     def max_sequence_length(self) -> int:
@@ -35,11 +35,8 @@ class FluxPolicy(PipelinePolicy):
         return self.model.max_sequence_length or 512
 
     def _check(self, model: ModelConfig, rollout: RolloutConfig) -> None:
-        factor, transformer = 2 * self.pipeline.vae_scale_factor, self.module
-        if model.height % factor or model.width % factor:
-            raise ConfigError(
-                f"model size {model.width}x{model.height} must be multiples of {factor} for this pipeline."
-            )
+        transformer: Any = self.module
+        rows, columns = self._grid(2 * self.pipeline.vae_scale_factor)
         if self.max_sequence_length > 512:
             raise ConfigError(
                 f"model.max_sequence_length={self.max_sequence_length} is over FLUX's bound: use at most 512."
@@ -47,7 +44,6 @@ class FluxPolicy(PipelinePolicy):
         channels = transformer.config.in_channels
         if not channels == transformer.out_channels == 4 * self.pipeline.vae.config.latent_channels:
             raise ModelError(f"the transformer of {self.folder} takes more than latents: use a text-to-image base.")
-        rows, columns = model.height // factor, model.width // factor
         self.latent_shape = (rows * columns, channels)
         # The first axis of an id is unused by text-to-image; text tokens sit at the origin, patches at (row, column).
         grid = torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
@@ -56,36 +52,12 @@ class FluxPolicy(PipelinePolicy):
         guidance = torch.tensor([model.guidance_scale], dtype=torch.float32, device=self.device)
         self._guidance = guidance if transformer.config.guidance_embeds else None
 
-    def _dynamics(self, rollout: RolloutConfig) -> FlowDynamics:
-        sde = "dance" if rollout.sde == "auto" else rollout.sde
-        if sde not in ("dance", "flow-grpo", "cps"):
-            raise ConfigError(f"rollout.sde={sde} is for diffusion models; for FLUX use auto, dance, flow-grpo or cps.")
-        self._shift = rollout.shift
-        if rollout.shift is not None:
-            dynamics = FlowDynamics(flow_sigmas(rollout.num_steps, rollout.shift), sde)
-        else:
-            try:
-                dynamics = FlowDynamics(self._pipeline_sigmas(rollout.num_steps), sde)
-            except ValueError as error:
-                reason = " ".join(str(error).split())
-                raise ModelError(
-                    f"the scheduler of {self.folder} is no flow schedule from noise to data: {reason}"
-                ) from error
-        # The pipeline scales sigma to the training steps and back, in float32: so does this, to meet it bit for bit.
-        scale = self.pipeline.scheduler.config.get("num_train_timesteps", 1000)
-        self._timesteps = (dynamics.sigmas[:-1] * scale / 1000).to(self.device)
-        return dynamics
-
-    def _pipeline_sigmas(self, num_steps: int) -> Tensor:
-        """The pipeline's own schedule at this resolution: (T + 1,) float32, the shift static or by sequence length."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
+    def _schedule(self, num_steps: int, scheduler: Any) -> dict[str, Any]:
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         mu = calculate_shift(self.latent_shape[0], *(scheduler.config[name] for name in names))
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-        return scheduler.sigmas
+        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
 
     def _encode_settings(self) -> tuple[object, ...]:
         return self.model.dtype, self.max_sequence_length
@@ -99,7 +71,7 @@ class FluxPolicy(PipelinePolicy):
     def predict(self, x_t: Tensor, step: Tensor, condition: Condition) -> Tensor:
         """The velocity x1 - x0, (B, seq, 4C): see `Policy.predict`. The guidance value goes in as it is."""
         with self.autocast():
-            velocity = self._active(
+            velocity = self.network()(
                 hidden_states=x_t,
                 timestep=self._timesteps[step],
                 guidance=None if self._guidance is None else self._guidance.expand(len(x_t)),
@@ -110,19 +82,11 @@ class FluxPolicy(PipelinePolicy):
             )[0]
         return velocity.float()
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, condition: Condition) -> Tensor:
         """Packed latents (B, seq, 4C) -> (B, 1, 3, H, W): see `Policy.decode`."""
         model, config = self.model, self.pipeline.vae.config
         unpacked = self.pipeline._unpack_latents(latents, model.height, model.width, self.pipeline.vae_scale_factor)
         return self._decode(unpacked / config.scaling_factor + config.shift_factor)
 
-    def _usage(self) -> Usage:
-        model, own = self.model, self._shift is None
-        scheduler = ("", "") if own else ("FlowMatchEulerDiscreteScheduler", f"(shift={self._shift})")
-        arguments: dict[str, float] = {
-            "height": model.height,
-            "width": model.width,
-            "num_inference_steps": self.dynamics.num_steps,
-        }
-        arguments |= {"guidance_scale": model.guidance_scale, "max_sequence_length": self.max_sequence_length}
-        return Usage(*scheduler, arguments)
+    def _arguments(self) -> dict[str, object]:
+        return {"guidance_scale": self.model.guidance_scale, "max_sequence_length": self.max_sequence_length}

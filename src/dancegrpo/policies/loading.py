@@ -5,18 +5,24 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dancegrpo.config import ModelConfig, RolloutConfig
-from dancegrpo.errors import ModelError
+from dancegrpo.dotted import import_dotted
+from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.base import Policy
+
+if TYPE_CHECKING:
+    from dancegrpo.policies.pipeline import PipelinePolicy
 
 FAMILIES = {
     "StableDiffusionPipeline": ("dancegrpo.policies.stable_diffusion", "StableDiffusionPolicy"),
     "FluxPipeline": ("dancegrpo.policies.flux", "FluxPolicy"),
+    "WanPipeline": ("dancegrpo.policies.wan", "WanPolicy"),
+    "WanImageToVideoPipeline": ("dancegrpo.policies.wan", "WanImagePolicy"),
 }
 """Policy of each pipeline class, by module and name: a family's libraries load with its first model."""
 
@@ -29,16 +35,61 @@ def load_policy(model: ModelConfig, rollout: RolloutConfig, *, seed: int = 0) ->
     rollout fixes its schedule and sampler. seed: of the adapters' starting weights (LoRA). Raises ModelError for a
     model that is missing, damaged or of an unsupported class, ConfigError for settings its family cannot run.
     """
+    family, pipeline, folder = _open(model)
+    return family(pipeline, folder, model, rollout, seed)
+
+
+def load_smallest(model: ModelConfig, rollout: RolloutConfig, keep: Collection[str] = ()) -> PipelinePolicy:
+    """As `load_policy`, at the smallest size that its family accepts; `keep`: those of height, width and num_frames
+    that stay as `model` has them.
+
+    Two smallest squares high and three wide, and the shortest clip of more than one frame: no axis is trivial, and a
+    mistaken order of axes shows.
+    """
+    family, pipeline, folder = _open(model)
+    refused: ConfigError | None = None
+    for side in (8, 16, 32, 64, 128, 256):
+        for frames in range(2, 18) if "num_frames" in family.settings else (1,):
+            size = {"height": 2 * side, "width": 3 * side, "num_frames": frames}
+            chosen = {name: value for name, value in size.items() if name not in keep}
+            try:
+                return family(pipeline, folder, model.model_copy(update=chosen), rollout)
+            except ConfigError as error:
+                refused = error
+            if "num_frames" in keep:
+                break
+        if {"height", "width"} <= set(keep):
+            break
+    assert refused is not None
+    raise refused
+
+
+def _open(model: ModelConfig) -> tuple[type[PipelinePolicy], Any, Path]:
+    """The family of a model, its pipeline in memory, and the folder that came from."""
     folder = _locate(model.path)
     index = _read_index(folder / "model_index.json" if folder else _download_index(model))
     name = index.get("_class_name")
-    if name not in FAMILIES:
-        raise ModelError(f"{model.path} is a {name}, which is not supported: use {' or '.join(FAMILIES)}.")
-    module, policy = FAMILIES[name]
-    family = getattr(importlib.import_module(module), policy)
-    folder = folder or _download(name, model)
-    _check_files(folder, index, family.components)
-    return family(_load(name, folder, model, family.denoiser), folder, model, rollout, seed)
+    family = _family(model, str(name))
+    folder = folder or _download(str(name), model)
+    _check_files(folder, index, family)
+    return family, _load(str(name), folder, model, family), folder
+
+
+def _family(model: ModelConfig, name: str) -> type[PipelinePolicy]:
+    from dancegrpo.policies.pipeline import PipelinePolicy
+
+    if model.policy is None:
+        if name not in FAMILIES:
+            raise ModelError(
+                f"{model.path} is a {name}, which is not supported: use {', '.join(FAMILIES)}, or a policy of your own "
+                "(model.policy, docs/porting.md)."
+            )
+        module, policy = FAMILIES[name]
+        return getattr(importlib.import_module(module), policy)
+    family = import_dotted(model.policy, f"model.policy={model.policy}", ConfigError)
+    if not (isinstance(family, type) and issubclass(family, PipelinePolicy)):
+        raise ConfigError(f"model.policy={model.policy} is no subclass of PipelinePolicy: name a class that is one.")
+    return family
 
 
 def _locate(path: str) -> Path | None:
@@ -67,11 +118,14 @@ def _read_index(file: Path) -> dict[str, Any]:
     return index
 
 
-def _check_files(folder: Path, index: dict[str, Any], components: tuple[str, ...]) -> None:
+def _check_files(folder: Path, index: dict[str, Any], family: Any) -> None:
     """Raises ModelError unless every part that the index names is there and every weight file is whole."""
     listed = {name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
     listed.discard("safety_checker")  # never loaded
-    for name in sorted(listed | set(components)):
+    # Of several networks to train, any but one may be absent: its entry is null then, or there is none.
+    absent = set(family.denoisers) - listed
+    components = set(family.components) - (absent if listed & set(family.denoisers) else set())
+    for name in sorted(listed | components):
         part = folder / name
         if not part.is_dir():
             raise ModelError(f"{part} is missing: the model is incomplete, copy or download it again.")
@@ -105,15 +159,14 @@ def _is_whole(file: Path) -> bool:
         return False
 
 
-def _load(name: str, folder: Path, model: ModelConfig, denoiser: str) -> Any:
+def _load(name: str, folder: Path, model: ModelConfig, family: Any) -> Any:
     """The pipeline in memory: trained weights float32, frozen parts in the run's dtype."""
     import diffusers
     import torch
 
     dtype = getattr(torch, model.dtype)
-    dtypes = {"default": dtype, denoiser: dtype if model.lora else torch.float32}
-    # The decoders of Stable Diffusion and FLUX overflow float16.
-    dtypes["vae"] = torch.float32 if dtype is torch.float16 else dtype
+    dtypes = {"default": dtype, **dict.fromkeys(family.denoisers, dtype if model.lora else torch.float32)}
+    dtypes["vae"] = dtype if model.dtype in family.vae_dtypes else torch.float32
     options = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
     try:
         with _no_progress_bars():

@@ -22,10 +22,13 @@ from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.files import write_atomically
 from dancegrpo.noise import key
 from dancegrpo.policies.base import Condition, Policy
-from dancegrpo.policies.export import ModelCard, Usage, card_text
+from dancegrpo.policies.export import ModelCard, Task, Usage, card_text
+from dancegrpo.policies.offload import lent
 from dancegrpo.prompts import Prompt
 from dancegrpo.sde import Dynamics
 
+OPTIONAL_SETTINGS = ("num_frames", "max_sequence_length", "true_cfg_scale", "guidance_scale_2", "prompt_template")
+"""Settings of a model that only some families read; a family names its own in `settings`."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,36 +48,111 @@ class PipelinePolicy(Policy):
     The trained weights are float32 whatever the run's dtype, which then is autocast's; frozen parts are stored in it.
     """
 
-    denoiser: ClassVar[str]
-    """The pipeline's name for the network that is trained."""
+    denoisers: ClassVar[tuple[str, ...]]
+    """The pipeline's names for the networks that are trained; of several, any but one may be absent from a checkpoint."""
     components: ClassVar[tuple[str, ...]]
-    """The parts with weights that must be there, the denoiser included."""
+    """The parts with weights that must be there, the first denoiser included."""
     text_parts: ClassVar[tuple[str, ...]]
     """The folders whose files decide what a prompt is encoded to."""
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+    """The networks that `encode` calls, where the pipeline has them."""
+    vae_dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    """What the decoder can be stored in without overflow or visible loss; float32 otherwise."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Those of OPTIONAL_SETTINGS that this family reads."""
+    task: ClassVar[Task] = "text-to-image"
 
     def __init__(self, pipeline: Any, folder: Path, model: ModelConfig, rollout: RolloutConfig, seed: int = 0) -> None:
         """pipeline: as `from_pretrained` gave it, from `folder`. seed: of the adapters' starting weights."""
         self.pipeline, self.folder, self.model = pipeline, folder, model
         self.device, self.dtype = resolve_device(model.device), DTYPES[model.dtype]
-        self.module: Any = getattr(pipeline, self.denoiser)
-        self._freeze()
-        if model.lora is None:
-            self.module.requires_grad_(True)
-        else:
-            self._add_adapters(seed)
-        if model.gradient_checkpointing:
-            self.module.enable_gradient_checkpointing()
-        pipeline.set_progress_bar_config(disable=True)
-        for part in self._networks():
-            part.to(self.device)
-        self._active: Any = self.module
-        self._reference: Any = None
+        self.modules: dict[str, torch.nn.Module] = {
+            name: getattr(pipeline, name) for name in self.denoisers if getattr(pipeline, name, None) is not None
+        }
+        self.module = next(iter(self.modules.values()))
+        self._references: dict[str, torch.nn.Module] = {}
+        self._at_start = False
+        self._check_settings(model)
         self._check(model, rollout)
+        self._freeze()
+        for name, module in self.modules.items():
+            self._make_trainable(name, module, seed)
+        pipeline.set_progress_bar_config(disable=True)
+        for name, part in self._networks().items():
+            if not model.offload or name in self.modules:
+                part.to(self.device)
+        self._use_tiles()
         self.dynamics = self._dynamics(rollout).to(self.device)
         if self.dynamics.sde in ("ddim", "cps") and max(rollout.noise_levels()) > 1:
             raise ConfigError(
                 f"rollout.noise_level={rollout.noise_level} is more noise than {self.dynamics.sde} has: use 0 to 1"
             )
+
+    def _make_trainable(self, name: str, module: Any, seed: int) -> None:
+        if self.model.lora is None:
+            module.requires_grad_(True)
+        else:
+            self._add_adapters(name, module, seed)
+        if self.model.gradient_checkpointing:
+            try:
+                module.enable_gradient_checkpointing()
+            except ValueError as error:
+                kind = type(module).__name__
+                raise ConfigError(f"model.gradient_checkpointing=true: {kind} has none, set it to false") from error
+
+    def _check_settings(self, model: ModelConfig) -> None:
+        """Raises ConfigError for settings that only other families read: nothing a user sets is silently dropped."""
+        family = type(self.pipeline).__name__
+        for name in OPTIONAL_SETTINGS:
+            value, default = getattr(model, name), ModelConfig.model_fields[name].default
+            if value != default and name not in self.settings:
+                raise ConfigError(f"model.{name}={value} is not known to {family}: remove it")
+
+    def _use_tiles(self) -> None:
+        vae = self.pipeline.vae
+        for wanted, name in ((self.model.vae_tiling, "tiling"), (self.model.vae_slicing, "slicing")):
+            if wanted:
+                try:
+                    getattr(vae, f"enable_{name}")()
+                except (AttributeError, NotImplementedError) as error:
+                    kind = type(vae).__name__
+                    raise ConfigError(
+                        f"model.vae_{name}=true: {kind} cannot decode like that, set it to false"
+                    ) from error
+
+    @contextmanager
+    def _awake(self, *names: str) -> Iterator[None]:
+        """Within it, these parts of the pipeline are on the device; with `model.offload` only within it."""
+        parts = [part for name, part in self._networks().items() if name in names and name not in self.modules]
+        with lent(parts, self.device) if self.model.offload else nullcontext():
+            yield
+
+    def network(self, name: str | None = None) -> Any:
+        """The denoiser of this name (the first one for None): live, or the copy from before training in `reference`."""
+        return (self._references if self._at_start else self.modules)[name or self.denoisers[0]]
+
+    def _grid(self, factor: int) -> tuple[int, int]:
+        """(rows, columns) of cells of factor x factor pixels. Raises ConfigError for a size that does not divide."""
+        height, width = self.model.height, self.model.width
+        if height % factor or width % factor:
+            near = [max(factor, round(size / factor) * factor) for size in (width, height)]
+            raise ConfigError(
+                f"model size {width}x{height} must be multiples of {factor} for this pipeline: use {near[0]}x{near[1]}"
+            )
+        return height // factor, width // factor
+
+    def _latent_frames(self, factor: int) -> int:
+        """Latent frames of `model.num_frames` under causal compression in time, 1 + (F - 1) / factor.
+
+        Raises ConfigError for a number that the autoencoder cannot represent.
+        """
+        frames = self.model.num_frames
+        if (frames - 1) % factor:
+            near = 1 + round((frames - 1) / factor) * factor
+            raise ConfigError(
+                f"model.num_frames={frames} must be a multiple of {factor} plus 1 for this pipeline: use {near}"
+            )
+        return 1 + (frames - 1) // factor
 
     @abstractmethod
     def _check(self, model: ModelConfig, rollout: RolloutConfig) -> None:
@@ -92,17 +170,17 @@ class PipelinePolicy(Policy):
     def _usage(self) -> Usage:
         """How diffusers alone samples as this policy does."""
 
-    def _networks(self) -> list[torch.nn.Module]:
-        return [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        return {name: part for name, part in self.pipeline.components.items() if isinstance(part, torch.nn.Module)}
 
     def _freeze(self) -> None:
-        for part in self._networks():
+        for part in self._networks().values():
             part.eval().requires_grad_(False)
             # Loaded tensors lie unaligned in the memory-mapped file, where kernels round differently.
             for tensor in chain(part.parameters(), part.buffers()):
                 tensor.data = tensor.data.clone()
 
-    def _add_adapters(self, seed: int) -> None:
+    def _add_adapters(self, name: str, module: Any, seed: int) -> None:
         from peft import LoraConfig
 
         lora = self.model.lora or LoraSettings()
@@ -110,13 +188,13 @@ class PipelinePolicy(Policy):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "lora"))
             try:
-                self.module.add_adapter(config)
+                module.add_adapter(config)
             except ValueError as error:
                 names = ", ".join(lora.target_modules)
                 raise ConfigError(
-                    f"model.lora.target_modules=[{names}] names no layer of the {self.denoiser}: use to_q, to_k, ..."
+                    f"model.lora.target_modules=[{names}] names no layer of the {name}: use to_q, to_k, ..."
                 ) from error
-        for parameter in self.module.parameters():
+        for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
 
@@ -139,26 +217,74 @@ class PipelinePolicy(Policy):
         """See `Policy.encode`."""
         # One at a time: a batch's size and its other rows change the last bits of a row, and then a resumed run or a
         # warm cache would no longer repeat the first one. Text is a small share of a run.
-        unique = {(prompt.text, prompt.negative): prompt for prompt in prompts}
-        rows = {words: row for row, words in enumerate(unique)}
-        condition = Condition.cat([self._encode(prompt) for prompt in unique.values()])
-        return condition[[rows[prompt.text, prompt.negative] for prompt in prompts]]
+        keys = [prompt.request() for prompt in prompts]
+        unique = dict(zip(keys, prompts, strict=True))
+        rows = {request: row for row, request in enumerate(unique)}
+        with self._awake(*self.encoders, *["vae"] * self.takes_image):
+            condition = Condition.cat([self._encode(prompt) for prompt in unique.values()])
+        return condition[[rows[request] for request in keys]]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's arithmetic: none for float32."""
         return nullcontext() if self.dtype is torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def _decode(self, scaled: Tensor) -> Tensor:
-        """VAE latents (B, C, h, w), scaling undone -> (B, 1, 3, H, W) float32 in [0, 1]."""
+        """VAE latents (B, C, h, w) or (B, C, T, h, w), scaling undone -> (B, F, 3, H, W) float32 in [0, 1]."""
         vae = self.pipeline.vae
-        image = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
-        return self.pipeline.image_processor.postprocess(image, output_type="pt").unsqueeze(1)
+        with self._awake("vae"):
+            media = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
+        if media.ndim == 5:
+            return self.pipeline.video_processor.postprocess_video(media, output_type="pt")
+        return self.pipeline.image_processor.postprocess(media, output_type="pt").unsqueeze(1)
+
+    # --- The pipeline itself, for `dancegrpo validate` ----------------------------------------------------------------
+
+    @property
+    def exact(self) -> bool:
+        """Whether the deterministic sampler equals the pipeline's to the last bit, rather than to rounding."""
+        return self.dtype is torch.float32
+
+    def pipeline_scheduler(self) -> Any:
+        """A new scheduler with which the pipeline samples as this policy does at noise level 0."""
+        return copy.deepcopy(self.pipeline.scheduler)
+
+    def pipeline_arguments(self, prompts: Sequence[Prompt], noise: Tensor) -> dict[str, Any]:
+        """The pipeline call that draws `prompts` from `noise` (B, *S): the card's example, and where it starts."""
+        arguments: dict[str, Any] = {"prompt": [prompt.text for prompt in prompts], "latents": noise}
+        if self.guided:
+            arguments["negative_prompt"] = [prompt.negative for prompt in prompts]
+        if self.takes_image:
+            from dancegrpo.media import reference_image
+
+            images = [reference_image(prompt) for prompt in prompts]
+            arguments["image"] = images[0] if len(images) == 1 else images
+        return arguments | dict(self._usage().arguments)
+
+    @torch.no_grad()
+    def run_pipeline(self, prompts: Sequence[Prompt], noise: Tensor, scheduler: Any) -> Tensor:
+        """The pipeline's own media (B, F, 3, H, W) in [0, 1] by `scheduler`, from starting noise (B, *S).
+
+        It runs on this policy's networks as they are now, in the run's arithmetic.
+        """
+        held, self.pipeline.scheduler = self.pipeline.scheduler, scheduler
+        try:
+            with self._awake(*self.encoders, "vae"), self.autocast():
+                call = self.pipeline_arguments(prompts, noise.to(self.device))
+                media = self.pipeline(**call, output_type="pt", return_dict=False)[0]
+        finally:
+            self.pipeline.scheduler = held
+        return (media if media.ndim == 5 else media.unsqueeze(1)).float()
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """All weights of the denoiser, or its adapters': see `Policy.trainable`."""
+        """See `Policy.trainable`: all weights of the denoiser, or its adapters'. Several denoisers name theirs apart."""
         # Not by requires_grad: peft clears it while the adapters are off.
-        full = self.model.lora is None
-        return {name: weight for name, weight in self.module.named_parameters() if full or ".lora_" in name}
+        full, several = self.model.lora is None, len(self.modules) > 1
+        return {
+            f"{denoiser}.{name}" if several else name: weight
+            for denoiser, module in self.modules.items()
+            for name, weight in module.named_parameters()
+            if full or ".lora_" in name
+        }
 
     @contextmanager
     def use_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -179,31 +305,35 @@ class PipelinePolicy(Policy):
     def keep_reference(self) -> None:
         """See `Policy.keep_reference`."""
         if self.model.lora is None:
-            self._reference = copy.deepcopy(self.module).requires_grad_(False)
+            copies = {name: copy.deepcopy(module) for name, module in self.modules.items()}
+            self._references = {name: module.requires_grad_(False) for name, module in copies.items()}
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """See `Policy.reference`. Raises RuntimeError under full fine-tuning if no `keep_reference` came before."""
         if self.model.lora is not None:
-            self.module.disable_adapters()
+            adapted: list[Any] = list(self.modules.values())
+            for module in adapted:
+                module.disable_adapters()
             try:
                 yield
             finally:
-                self.module.enable_adapters()
+                for module in adapted:
+                    module.enable_adapters()
             return
-        if self._reference is None:
+        if not self._references:
             raise RuntimeError("there is no reference: call keep_reference() before the first optimizer step.")
-        self._active = self._reference
+        self._at_start = True
         try:
             yield
         finally:
-            self._active = self.module
+            self._at_start = False
 
     def export(self, folder: Path, card: ModelCard) -> None:
         """See `Policy.export`."""
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not empty: name a new folder, or remove this one first")
-        text = card_text(card, self._usage(), lora=self.model.lora is not None)
+        text = card_text(card, self.task, self._usage(), lora=self.model.lora is not None)
 
         def write(partial: Path) -> None:
             partial.mkdir()
@@ -222,9 +352,14 @@ class PipelinePolicy(Policy):
         # alpha / rank is folded into B: readers that find no alpha take it to equal the rank, and none misreads this.
         lora = self.model.lora or LoraSettings()
         scale = lora.alpha / lora.rank
-        state = get_peft_model_state_dict(self.module)
-        layers = {n: (w * scale if "lora_B" in n else w).detach().contiguous() for n, w in state.items()}
-        self.pipeline.save_lora_weights(folder, **{f"{self.denoiser}_lora_layers": layers})
+        for name, module in self.modules.items():
+            layers = {
+                n: (w * scale if "lora_B" in n else w).detach().contiguous()
+                for n, w in get_peft_model_state_dict(module).items()
+            }
+            # diffusers reads one network's adapters from a file, under the first network's name: a folder for each.
+            place = folder if name == self.denoisers[0] else folder / name
+            self.pipeline.save_lora_weights(place, **{f"{self.denoisers[0]}_lora_layers": layers})
 
 
 def _forget_paths(folder: Path) -> None:

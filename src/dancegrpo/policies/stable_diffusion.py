@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.base import Condition
 from dancegrpo.policies.export import Usage
+from dancegrpo.policies.guidance import both_branches, combine
+from dancegrpo.policies.matching import require_text_width
 from dancegrpo.policies.pipeline import PipelinePolicy
 from dancegrpo.prompts import Prompt
 from dancegrpo.sde import DiffusionDynamics, diffusion_alpha_bar
@@ -24,7 +27,7 @@ class StableDiffusionPolicy(PipelinePolicy):
     for epsilon prediction; with "trailing" or "linspace" spacing only where num_steps divides the training steps.
     """
 
-    denoiser: ClassVar[str] = "unet"
+    denoisers: ClassVar[tuple[str, ...]] = ("unet",)
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     dynamics: DiffusionDynamics
@@ -35,27 +38,23 @@ class StableDiffusionPolicy(PipelinePolicy):
         return self.model.guidance_scale > 1
 
     def _check(self, model: ModelConfig, rollout: RolloutConfig) -> None:
-        factor, config = self.pipeline.vae_scale_factor, self.module.config
-        if model.height % factor or model.width % factor:
-            raise ConfigError(
-                f"model size {model.width}x{model.height} must be multiples of {factor} for this pipeline."
-            )
-        if model.max_sequence_length is not None:
-            raise ConfigError("model.max_sequence_length is for T5 encoders, Stable Diffusion has none: remove it.")
+        config = self.module.config
         if rollout.shift is not None:
             raise ConfigError(f"rollout.shift={rollout.shift} is for rectified flow, not Stable Diffusion: remove it.")
         if config.in_channels != self.pipeline.vae.config.latent_channels or config.time_cond_proj_dim is not None:
             raise ModelError(f"the UNet of {self.folder} is an inpainting or distilled one: use a text-to-image base.")
-        self.latent_shape = (config.in_channels, model.height // factor, model.width // factor)
+        self.latent_shape = (config.in_channels, *self._grid(self.pipeline.vae_scale_factor))
+        self._check_text(config)
+
+    def _check_text(self, unet: Any) -> None:
+        width = self.pipeline.text_encoder.config.hidden_size
+        require_text_width(self.folder, "text encoder", width, "UNet", unet.cross_attention_dim)
 
     def _dynamics(self, rollout: RolloutConfig) -> DiffusionDynamics:
-        from diffusers import DDIMScheduler
-
         sde = "ddim" if rollout.sde == "auto" else rollout.sde
         if sde not in ("ddim", "paper"):
             raise ConfigError(f"rollout.sde={sde} is for rectified flow; for Stable Diffusion use auto, ddim or paper.")
-        # Latents have no bounds to be clipped to; DDIM's default would clip them where the shipped config is silent.
-        scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config, clip_sample=False, thresholding=False)
+        scheduler = self.pipeline_scheduler()
         self.prediction_type = scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(
@@ -72,6 +71,20 @@ class StableDiffusionPolicy(PipelinePolicy):
                 f"no schedule of {rollout.num_steps} steps from the scheduler of {self.folder}: {reason}"
             ) from error
 
+    def pipeline_scheduler(self) -> Any:
+        """DDIM on the shipped noise schedule: see `PipelinePolicy.pipeline_scheduler`."""
+        from diffusers import DDIMScheduler
+
+        if "sigma_data" in self.pipeline.scheduler.config:
+            raise ModelError(f"the UNet of {self.folder} is preconditioned (EDM), DDIM cannot sample it: use another base.")
+        # Latents have no bounds to be clipped to; DDIM's default would clip them where the shipped config is silent.
+        return DDIMScheduler.from_config(self.pipeline.scheduler.config, clip_sample=False, thresholding=False)
+
+    @property
+    def exact(self) -> bool:
+        """To the last bit for epsilon; a predicted v is solved for epsilon, which rounds."""
+        return super().exact and self.prediction_type == "epsilon"
+
     def _encode_settings(self) -> tuple[object, ...]:
         return self.model.dtype, self.guided
 
@@ -82,28 +95,79 @@ class StableDiffusionPolicy(PipelinePolicy):
 
     def predict(self, x_t: Tensor, step: Tensor, condition: Condition) -> Tensor:
         """epsilon, guided: negative + scale (positive - negative), both in one batch. See `Policy.predict`."""
-        text, timestep, x = condition.tensors["encoder_hidden_states"], self.dynamics.timesteps[step], x_t
+        tensors, timestep, x = condition.tensors, self.dynamics.timesteps[step], x_t
         if self.guided:
-            text = torch.cat([condition.tensors["negative_encoder_hidden_states"], text])
-            timestep, x = torch.cat([timestep] * 2), torch.cat([x_t] * 2)
+            tensors, timestep, x = both_branches(tensors), torch.cat([timestep] * 2), torch.cat([x_t] * 2)
         with self.autocast():
-            out = self._active(x, timestep, encoder_hidden_states=text, return_dict=False)[0].float()
+            out = self.network()(x, timestep, return_dict=False, **self._told(tensors))[0].float()
         if self.guided:
-            negative, positive = out.chunk(2)
-            out = negative + self.model.guidance_scale * (positive - negative)
+            out = combine(out, self.model.guidance_scale)
         return out if self.prediction_type == "epsilon" else self._epsilon(x_t, out, step)
+
+    def _told(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Conditions of N rows -> the UNet's arguments."""
+        return dict(tensors)
 
     def _epsilon(self, x_t: Tensor, v: Tensor, step: Tensor) -> Tensor:
         """v = sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x0, solved for epsilon at x_t (arXiv:2202.00512)."""
         alpha_bar = self.dynamics.alpha_bar[step].reshape(-1, 1, 1, 1)
         return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, condition: Condition) -> Tensor:
         """Latents (B, C, h, w) -> (B, 1, 3, H, W): see `Policy.decode`."""
         return self._decode(latents / self.pipeline.vae.config.scaling_factor)
 
     def _usage(self) -> Usage:
         model, steps = self.model, self.dynamics.num_steps
-        arguments: dict[str, float] = {"height": model.height, "width": model.width, "num_inference_steps": steps}
+        arguments: dict[str, object] = {"height": model.height, "width": model.width, "num_inference_steps": steps}
         arguments |= {"guidance_scale": model.guidance_scale}
         return Usage("DDIMScheduler", ".from_config(pipe.scheduler.config, clip_sample=False)", arguments)
+
+
+class StableDiffusionXLPolicy(StableDiffusionPolicy):
+    """`StableDiffusionXLPipeline`, the base model alone: two text encoders, a pooled embedding and the picture's size.
+
+    The sizes that the UNet is told (original, crop, target) are the pipeline's defaults: the run's own size, uncropped.
+    A prompt without a negative one is guided by zeros where the checkpoint says so (`force_zeros_for_empty_prompt`),
+    as in the pipeline. Judges see pictures without the invisible watermark that the pipeline can add.
+    """
+
+    components: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "text_encoder_2")
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+    def _check(self, model: ModelConfig, rollout: RolloutConfig) -> None:
+        super()._check(model, rollout)
+        if self.pipeline.vae.config.latents_mean is not None:
+            raise ModelError(f"the latents of {self.folder} are normalised by mean and std: use an SDXL base.")
+        sizes = [model.height, model.width, 0, 0, model.height, model.width]
+        self._time_ids = torch.tensor([sizes], dtype=torch.float32, device=self.device)
+
+    def _check_text(self, unet: Any) -> None:
+        first, second = self.pipeline.text_encoder.config, self.pipeline.text_encoder_2.config
+        widths = first.hidden_size + second.hidden_size
+        require_text_width(self.folder, "pair of text encoders", widths, "UNet", unet.cross_attention_dim)
+        if unet.addition_embed_type != "text_time":
+            raise ModelError(f"the UNet of {self.folder} reads no picture sizes: use an SDXL base.")
+        # A refiner reads five numbers about the picture, not six.
+        pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+        require_text_width(self.folder, "pooled text encoder", second.projection_dim, "UNet", pooled)
+
+    def _encode_settings(self) -> tuple[object, ...]:
+        return *super()._encode_settings(), self.pipeline.config.force_zeros_for_empty_prompt
+
+    def _encode(self, prompt: Prompt) -> Condition:
+        text, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
+            prompt.text,
+            device=self.device,
+            do_classifier_free_guidance=self.guided,
+            negative_prompt=prompt.negative or None,
+        )
+        tensors = {"encoder_hidden_states": text, "text_embeds": pooled}
+        if self.guided:
+            tensors |= {"negative_encoder_hidden_states": negative, "negative_text_embeds": negative_pooled}
+        return Condition(tensors)
+
+    def _told(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        text = tensors["encoder_hidden_states"]
+        added = {"text_embeds": tensors["text_embeds"], "time_ids": self._time_ids.expand(len(text), -1)}
+        return {"encoder_hidden_states": text, "added_cond_kwargs": added}
