@@ -12,8 +12,10 @@ import numpy as np
 import torch
 import yaml
 
+from dancegrpo.background import BackgroundWriter
 from dancegrpo.config import ModelConfig, PromptsConfig, RewardConfig, RunConfig, UpdateConfig
 from dancegrpo.media import grid, save_image
+from dancegrpo.samples import write_samples
 
 TASKS = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
 COLORS = {"red": (0.85, 0.15, 0.15), "green": (0.15, 0.65, 0.3), "blue": (0.15, 0.35, 0.85), "yellow": (0.95, 0.8, 0.2)}
@@ -33,6 +35,8 @@ class FakeRun:
     held_out: int = 600
     prompts_drawn: int = 12
     picture_size: int = 64
+    frames: int = 1
+    """More than 1: the samples are clips, in which what is drawn slides to the right."""
     gain: float = 0.2
     updates_per_rollout: int = 4
     masked: bool = False
@@ -60,7 +64,7 @@ class FakeRun:
             name=self.name,
             description="A small flow model learns to draw what it is asked for.",
             iterations=max(120, self.iterations),
-            model=ModelConfig(path="shapes-flux", height=64, width=64),
+            model=ModelConfig(path="shapes-flux", height=64, width=64, num_frames=self.frames),
             prompts=PromptsConfig(train="shapes:train", evaluation="shapes:test", per_iteration=8),
             rewards={"shapes": RewardConfig(judge="shapes"), "hps": RewardConfig(judge="hps", weight=0.0)},
             update=UpdateConfig(updates_per_rollout=self.updates_per_rollout),
@@ -169,6 +173,11 @@ class FakeRun:
         texts[0] = self.prompt or texts[0]
         for iteration in self.pictures:
             drawn = [self.draw(k, iteration / 120) for k in range(self.prompts_drawn)]
+            if self.frames > 1:
+                clips = (torch.stack([p.roll(2 * f, dims=2) for f in range(self.frames)]) for p in drawn)
+                with BackgroundWriter() as writer:
+                    write_samples(clips, folder / f"{iteration:06}", fps=8, writer=writer)
+                continue
             for k, picture in enumerate(drawn):
                 save_image(picture, folder / f"{iteration:06}" / f"{k}.png")
             save_image(grid(drawn, columns=4), folder / f"{iteration:06}" / "grid.png")

@@ -32,6 +32,15 @@ PUBLISHED = {
 }
 
 
+QWEN, WAN = "Qwen/Qwen-Image", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+PUBLISHED |= {
+    "qwen-image-hps": (QWEN, 720, 20, 3.0, 0.3, 3.5, 2, 8, 12, 2, 1e-5, 1.0, 0.6, 300, None, None),
+    "wan21-hps": (WAN, 512, 20, 3.0, 0.3, 5.0, 2, 8, 12, 1, 1e-5, 1.0, 0.6, 1000, None, None),
+}
+OURS = {"hunyuan-t2i-hps", "sd3-hps", "sdxl-hps"}
+MINIATURES = {"shapes-flux", "shapes-flux-demo", "shapes-sd", "shapes-video", "shapes-i2v", "shapes-t2i"}
+
+
 def refusal(recipe: object, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(recipe, overrides)
@@ -75,6 +84,32 @@ def test_published_constants(name: str) -> None:
     assert c.rewards["hps"].judge == "hps"
 
 
+# (height, width, steps, shift, eta, prompts, group, kept, updates, iterations, guidance, true CFG, judge): facts of
+# the published runs; prompts over all of the 32 GPUs.
+VIDEO = {
+    "hunyuan-video-vq": (480, 480, 16, 5.0, 0.25, 32, 24, 8, 2, 202, 6.0, 1.0, {"VQ": 1.0, "MQ": 0.0}),
+    "skyreels-i2v-mq": (400, 640, 16, 7.0, 0.3, 32, 8, None, 1, 121, 1.0, 5.0, {"VQ": 0.0, "MQ": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_published_video_numbers(name: str) -> None:
+    c = load_config(name)
+    assert (
+        *(c.model.height, c.model.width, c.rollout.num_steps, c.rollout.shift, c.rollout.noise_level),
+        *(c.prompts.per_iteration, c.rollout.group_size, c.advantage.keep, c.update.updates_per_rollout, c.iterations),
+        *(c.model.guidance_scale, c.model.true_cfg_scale, c.rewards["videoalign"].options["dimensions"]),
+    ) == VIDEO[name]
+    assert (c.model.num_frames, c.model.fps, list(c.rewards)) == (53, 8, ["videoalign"])
+    assert (c.seed, c.model.dtype) == (42, "bfloat16")
+    assert (c.optimizer.learning_rate, c.rollout.timesteps.fraction) == (1e-5, 0.6)
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_what_is_ours_says_so(name: str) -> None:
+    assert load_config(name).description.startswith("Ours: ")
+
+
 def test_published_adapters_sit_on_attention() -> None:
     lora = load_config("flux-hps-lora").model.lora
     assert lora is not None
@@ -92,7 +127,7 @@ def test_shapes_recipes_measure_on_held_out_prompts(name: str, steps: int, guida
 
 def test_listing_shows_finished_recipes_only() -> None:
     shown = {recipe.name: recipe for recipe in list_recipes()}
-    assert set(shown) == {*PUBLISHED, "shapes-flux", "shapes-flux-demo", "shapes-sd"}
+    assert set(shown) == {*PUBLISHED, *VIDEO, *OURS, *MINIATURES}
     assert all(recipe.description for recipe in shown.values())
     assert shown["sd14-hps"].samples_per_iteration == 4 * 8 * 16
 

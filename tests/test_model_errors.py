@@ -33,7 +33,7 @@ def broken_index(folder: Path) -> None:
 
 def other_class(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3Pipeline"}))
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
 
 
 def no_vae(folder: Path) -> None:
@@ -91,7 +91,7 @@ def sample_prediction(folder: Path) -> None:
     [
         (no_index, ["model_index.json"]),
         (broken_index, ["model_index.json", "JSON"]),
-        (other_class, ["StableDiffusion3Pipeline", "StableDiffusionPipeline", "FluxPipeline"]),
+        (other_class, ["KandinskyPipeline", "StableDiffusionPipeline", "FluxPipeline"]),
         (no_vae, ["vae is missing"]),
         (no_tokenizer, ["tokenizer is missing"]),
         (no_text_weights, ["text_encoder has no weights"]),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dancegrpo.errors import PromptError
 from dancegrpo.prompts import GroupSampler, Prompt, open_prompts
@@ -44,7 +45,7 @@ def test_index_beyond_the_end(tmp_path: Path) -> None:
 
 
 def test_jsonl_fields(tmp_path: Path) -> None:
-    (tmp_path / "first.png").write_bytes(b"")
+    Image.new("RGB", (2, 3)).save(tmp_path / "first.png")
     rows = [
         {"caption": "one", "negative": "own", "image": "first.png", "metadata": {"tag": 1}, "include": ["cat"]},
         {"caption": "two", "negative": ""},
@@ -83,7 +84,7 @@ words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(words, min_size=1, max_size=8), st.data())
-def test_every_csv_and_jsonl_record_is_found_by_its_index(
+def test_every_csv_jsonl_and_json_record_is_found_by_its_index(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], data: st.DataObject
 ) -> None:
     # The csv module's own writer and json.dumps say what the files mean.
@@ -91,7 +92,12 @@ def test_every_csv_and_jsonl_record_is_found_by_its_index(
     writer = csv.writer(cells, quoting=csv.QUOTE_ALL)
     writer.writerows([("id", "text"), *enumerate(texts)])
     lines = "\n".join(json.dumps({"id": str(i), "text": text}, ensure_ascii=False) for i, text in enumerate(texts))
-    for path in (write(folder, "h.csv", cells.getvalue()), write(folder, "h.jsonl", lines)):
+    listed = json.dumps([{"id": str(i), "text": text} for i, text in enumerate(texts)], ensure_ascii=False, indent=1)
+    for path in (
+        write(folder, "h.csv", cells.getvalue()),
+        write(folder, "h.jsonl", lines),
+        write(folder, "h.json", listed),
+    ):
         source = open_prompts(path)
         assert len(source) == len(texts)
         index = data.draw(st.integers(0, len(texts) - 1))
@@ -110,17 +116,19 @@ def test_every_text_line_is_found_by_its_index(tmp_path_factory: pytest.TempPath
         assert "holds no prompts" in refusal(path)
 
 
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "json"])
 def test_large_file_costs_no_memory(tmp_path: Path, suffix: str) -> None:
     lines = 20_000
-    make = {"txt": "{0} {1}\n", "jsonl": '{{"text": "{0} {1}"}}\n', "csv": '"{0} {1}"\n'}[suffix]
+    entry = '{{"text": "{0} {1}"}}\n'
+    make = {"txt": "{0} {1}\n", "jsonl": entry, "csv": '"{0} {1}"\n', "json": f",{entry}"}[suffix]
     path = tmp_path / f"large.{suffix}"
     with path.open("w") as file:
-        file.write("text\n" if suffix == "csv" else "")
+        file.write({"csv": "text\n", "json": '["first"'}.get(suffix, ""))
         file.writelines(make.format(i, "x" * 200) for i in range(lines))
+        file.write("]" if suffix == "json" else "")
     tracemalloc.start()
     source = open_prompts(str(path))
-    assert source[lines - 1].text.split()[0] == str(lines - 1)
+    assert source[len(source) - 1].text.split()[0] == str(lines - 1)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert path.stat().st_size > 200 * lines
@@ -151,6 +159,18 @@ def test_large_file_costs_no_memory(tmp_path: Path, suffix: str) -> None:
         ("p.csv", "text\na\n\nb, c\n", "line 4 has 2 cells for 1 columns"),
         ("p.csv", 'text\na\n"open\nto the end\n', "line 3 is not CSV"),
         ("p.csv", 'text,metadata\na,"{"\n', "line 2: metadata '{' is not JSON"),
+        ("p.json", "", "is no JSON list"),
+        ("p.json", '{"text": "a"}', "is no JSON list"),
+        ("p.json", "[]", "holds no prompts"),
+        ("p.json", '["a", ""]', "entry 2 has an empty 'text'"),
+        ("p.json", '["a", 3]', "entry 2 is neither a text nor an object"),
+        ("p.json", '["a", {"prompt": "b"}]', "entry 2 has no field 'text' (it has prompt)"),
+        ("p.json", '["a", "b]', "entry 2 is not JSON: Unterminated string"),
+        ("p.json", '["a" "b"]', "has '\"' after entry 1"),
+        ("p.json", '["a"', "has the end of the file after entry 1"),
+        ("p.json", '["a",]', "entry 2 is not JSON"),
+        ("p.json", '["a"] ["b"]', "goes on after its list"),
+        ("p.json", b'["\xff"]', "entry 1 is not JSON in UTF-8"),
         ("p.doc", "a", "no known form"),
     ],
 )
@@ -203,7 +223,7 @@ def test_parquet_rows_are_found_by_their_index(tmp_path: Path) -> None:
         "text": [f"prompt {i}" for i in range(n)],
         "negative": [None if i % 2 else "own" for i in range(n)],
         "metadata": [{"half": i / 2} for i in range(n)],
-        "image": [{"bytes": b"png", "path": None}] * n,
+        "picture": [{"bytes": b"png", "path": None}] * n,
         "raw": [b"png"] * n,
     }
     source = open_prompts(parquet(tmp_path / "p.parquet", columns), negative="config's")

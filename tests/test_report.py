@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 from dataclasses import dataclass, field, replace
@@ -11,14 +12,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from dancegrpo.errors import CheckpointError
+from dancegrpo.media import read_media
 from dancegrpo.report import write_report
 from dancegrpo.report.curves import reward_charts
 from dancegrpo.report.findings import findings
 from dancegrpo.report.folder import read_run
 from dancegrpo.report.heldout import read_held_out, verdict
+from dancegrpo.report.strips import film_strip
 from dancegrpo.statistics import paired_bootstrap
 from fake_run import TASKS, FakeRun
 
@@ -224,6 +230,70 @@ def test_large_pictures_are_reduced(tmp_path: Path) -> None:
     assert all((image["src"] or "").startswith("data:image/jpeg;base64,") for image in images)
     assert {image["width"] for image in images} == {"600"}
     assert (folder / "report.html").stat().st_size < 2_000_000
+
+
+def strips_of(folder: Path) -> list[tuple[dict[str, str | None], np.ndarray]]:
+    """Every clip in a report: its attributes, and its frames (F, H, W, 3)."""
+    found = []
+    for tag, attributes in page_of(folder).tags:
+        if tag == "img" and "data-frames" in attributes:
+            data = base64.b64decode((attributes["src"] or "").removeprefix("data:image/webp;base64,"))
+            sheet = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            assert sheet.shape[:2] == (int(attributes["height"] or 0), int(attributes["width"] or 0))
+            names = ("frames", "columns", "width", "height", "gap")
+            count, columns, width, height, gap = (int(attributes[f"data-{name}"] or 0) for name in names)
+            corners = [(i // columns * (height + gap), i % columns * (width + gap)) for i in range(count)]
+            frames = np.stack([sheet[top : top + height, left : left + width] for top, left in corners])
+            found.append((attributes, frames))
+    return found
+
+
+def test_small_clips_are_embedded_frame_by_frame_without_loss(tmp_path: Path) -> None:
+    folder = replace(PICTURED, frames=5, prompts_drawn=3, picture_size=32).write(tmp_path)
+    strips = strips_of(folder)
+    files = [folder / "samples" / f"{i:06}" / f"{k}.webp" for k in range(3) for i in (0, 30)]
+    assert len(strips) == len(files)
+    for (attributes, frames), file in zip(strips, files, strict=True):
+        assert np.array_equal(frames, read_media(file).permute(0, 2, 3, 1).numpy())
+        assert attributes["data-fps"] == "8.0"
+
+
+def test_long_clips_are_thinned_and_last_as_long(tmp_path: Path) -> None:
+    folder = replace(PICTURED, frames=70, prompts_drawn=1, picture_size=8).write(tmp_path)
+    for attributes, frames in strips_of(folder):
+        assert len(frames) == 24  # every third
+        assert float(attributes["data-fps"] or 0) == pytest.approx(8 / 3)
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 60, 80), (33, 3, 120, 90), (4, 3, 700, 300)])
+def test_a_strip_is_bounded_whatever_it_shows(shape: tuple[int, ...]) -> None:
+    noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    strip = film_strip(noise, 40_000)
+    assert len(strip.data) <= 40_000
+    assert strip.frames == -(-shape[0] // strip.stride)
+    assert max(strip.width, strip.height) <= 512
+    assert strip.width / strip.height == pytest.approx(shape[3] / shape[2], rel=0.05)
+
+
+def test_many_clips_share_the_pages_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dancegrpo.report.pictures.BUDGET_BYTES", 12_000)
+    kind = replace(PICTURED, pictures=(0, 15, 30), frames=4, prompts_drawn=6, picture_size=32)
+    strips = strips_of(kind.write(tmp_path))
+    assert len(strips) == 12  # first and last
+    assert sum(len(attributes["src"] or "") * 3 / 4 for attributes, _ in strips) < 12_500
+
+
+def test_a_torn_clip_leaves_the_others(tmp_path: Path) -> None:
+    folder = replace(PICTURED, frames=3, prompts_drawn=3, picture_size=32).write(tmp_path)
+    file = folder / "samples" / "000030" / "1.webp"
+    file.write_bytes(file.read_bytes()[:200])
+    assert len(strips_of(folder)) == 5
+    assert page_of(folder).has("no clip")
+
+
+def test_without_a_script_the_page_says_what_it_shows_of_clips(tmp_path: Path) -> None:
+    assert page_of(replace(PICTURED, frames=3, prompts_drawn=1).write(tmp_path)).has("side by side, in reading order")
+    assert not page_of(replace(PICTURED, name="still", prompts_drawn=1).write(tmp_path)).has("reading order", "in step")
 
 
 def test_a_torn_picture_leaves_the_others(tmp_path: Path) -> None:

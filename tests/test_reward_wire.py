@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import io
 import json
 from pathlib import Path
@@ -76,6 +77,48 @@ def test_prompts_survive_with_all_their_fields(tmp_path):
     ]
     assert {p.image.read_bytes() for p in got} == {picture.read_bytes()}
     assert len(list((tmp_path / "in").iterdir())) == 1
+
+
+def test_pictures_in_memory_travel_once_each_and_look_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (3, 5, 3), dtype=np.uint8)) for _ in range(2)]
+    images = [pictures[0], pictures[1], pictures[0], pictures[1].copy(), None, pictures[0].convert("CMYK")]
+    prompts = [Prompt(i, "a", image=image) for i, image in enumerate(images)]
+    got = unpack(wire.pack_request("", torch.zeros(6, 1, 3, 1, 1), prompts), tmp_path).prompts
+    assert len(list(tmp_path.iterdir())) == 3
+    for sent, arrived in zip(prompts, got, strict=True):
+        if sent.image is None:
+            assert arrived.image is None
+        else:
+            with Image.open(arrived.image) as picture:
+                assert picture.tobytes() == sent.image.convert("RGB").tobytes()
+
+
+def test_a_turned_picture_arrives_upright(tmp_path):
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[274] = 6  # a quarter turn to the right shows it upright
+    Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3)).save(data, "PNG", exif=exif)
+    (got,) = unpack(
+        wire.pack_request("", torch.zeros(1, 1, 3, 1, 1), [Prompt(0, "a", image=Image.open(data))]), tmp_path
+    ).prompts
+    with Image.open(got.image) as picture:
+        assert np.asarray(picture).tolist() == [[3, 0], [4, 1], [5, 2]]
+        assert 274 not in picture.getexif()
+
+
+@pytest.mark.parametrize(("content", "cause"), [(None, "cannot be read"), (b"", "is empty")])
+def test_an_image_that_is_lost_is_no_request(tmp_path, content, cause):
+    picture = tmp_path / "start.png"
+    if content is not None:
+        picture.write_bytes(content)
+    with pytest.raises(WireError, match=rf"the image of prompt 2 cannot be sent: .*start.png {cause}"):
+        wire.pack_request("", torch.zeros(1, 1, 3, 1, 1), [Prompt(2, "a", image=picture)])
+
+
+def test_dates_of_tables_become_text():
+    metadata = {"created_at": datetime.datetime(2023, 6, 20, 1, 2, 3), "day": datetime.date(2023, 6, 20)}
+    (got,) = unpack(wire.pack_request("", torch.zeros(1, 1, 3, 1, 1), [Prompt(0, "a", metadata=metadata)])).prompts
+    assert got.metadata == {"created_at": "2023-06-20T01:02:03", "day": "2023-06-20"}
 
 
 def test_numbers_of_tables_become_numbers():

@@ -16,6 +16,7 @@ from dancegrpo.config import TrackingConfig
 from dancegrpo.errors import ConfigError
 from dancegrpo.media import save_image
 from dancegrpo.tracking import GuardedTracker, NoTracker, open_tracker
+from dancegrpo.video import save_clip
 
 TRACK = """
 import sys
@@ -27,6 +28,7 @@ tracker = open_tracker(TrackingConfig(project="shapes"), run, "demo-seed0", {"se
 for step in range(first, last):
     tracker.log({"reward/shapes/mean": 0.25 * step, "train/kl": None}, step)
 tracker.log_images("samples", [run / "0.png"], last - 1)
+tracker.log_clips("clips", [run / "0.mp4"], last - 1)
 tracker.finish()
 """
 
@@ -56,6 +58,7 @@ def read_trackio(folder: Path) -> dict[str, list[dict[str, object]]]:
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     save_image(torch.rand(3, 8, 8), folder / "0.png")
+    save_clip(torch.rand(3, 3, 8, 8), folder / "0.mp4", fps=8)
     return folder
 
 
@@ -69,6 +72,10 @@ def test_trackio_keeps_what_was_logged_and_a_resumed_run_goes_on_in_it(run: Path
     assert metrics == {0: 0.0, 1: 0.25, 2: 0.5}
     assert not any("train/kl" in row for row in rows)
     assert [row["step"] for row in rows if "samples/0" in row] == [1, 2]
+    clips = [row["clips/0"] for row in rows if "clips/0" in row]
+    assert [clip["_type"] for clip in clips] == ["trackio.video"] * 2  # type: ignore[index]
+    kept = {file.read_bytes() for file in (run.parent / "trackio").rglob("*.mp4")}
+    assert kept == {(run / "0.mp4").read_bytes()}
 
 
 def test_no_backend_tracks_nothing(run: Path) -> None:
@@ -94,7 +101,7 @@ def test_a_tracker_that_fails_warns_once_and_keeps_being_tried() -> None:
             self.calls += 1
             raise ConnectionError("refused")
 
-        log_images = finish = log
+        log_images = log_clips = finish = log
 
     inner = Broken()
     tracker = GuardedTracker(inner, "wandb")  # type: ignore[arg-type]
@@ -113,6 +120,8 @@ class Settings:
     def __init__(self, silent=False): pass
 class Image:
     def __init__(self, path): self.path = path
+class Video(Image):
+    def __init__(self, path, format): self.path, self.format = path, format
 class Run:
     def define_metric(self, name, step_metric=None): pass
     def log(self, row): calls.append(("log", row))
@@ -150,6 +159,18 @@ def test_wandb_resumes_under_the_same_id_on_an_axis_of_iterations(run: Path) -> 
 
 
 @pytest.mark.usefixtures("wandb_stand_in")
+def test_wandb_gets_clips_as_mp4_files(run: Path) -> None:
+    import wandb
+
+    tracker = open_tracker(TrackingConfig(backend="wandb"), run, "demo", {})
+    tracker.log_clips("clips", [run / "0.mp4"], 3)
+    [(_, row)] = [call for call in wandb.calls if call[0] == "log"]
+    assert row["iteration"] == 3
+    assert [(clip.path, clip.format) for clip in row["clips"]] == [(str(run / "0.mp4"), "mp4")]
+    sys.modules.pop("wandb")
+
+
+@pytest.mark.usefixtures("wandb_stand_in")
 def test_a_tracker_that_cannot_open_leaves_the_run_alone(run: Path) -> None:
     with pytest.warns(RuntimeWarning, match="no route"):
         tracker = open_tracker(TrackingConfig(backend="wandb", project="unreachable"), run, "demo", {})
@@ -167,8 +188,12 @@ def test_tensorboard_hides_what_an_interrupted_run_wrote_beyond_its_checkpoint(r
         for step in range(first, last):
             tracker.log({"train/loss": value, "train/kl": None}, step)
         tracker.log_images("samples", [run / "0.png"], last)
+        tracker.log_clips("clips", [run / "0.mp4"], last)
         tracker.finish()
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(0, 1), (1, 1), (2, 2), (3, 2), (4, 2)]
     assert events.Tags()["images"] == ["samples/0"]
+    told = events.Tensors("clips/0/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert "plays no clips" in told
+    assert "0.mp4" in told

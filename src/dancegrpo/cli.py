@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -79,16 +79,40 @@ def train(
 def sample(
     source: Annotated[str, typer.Argument(help="A run folder, or a recipe for its untrained pipeline.")],
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given several times.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 4,
+    count: Annotated[int, typer.Option(min=1, help="Pictures or clips per prompt.")] = 4,
     seed: Annotated[int, typer.Option(help="Key of the starting noise.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    out: Annotated[Path, typer.Option(help="Folder for them.")] = Path("samples"),
+    form: Annotated[
+        Literal["png", "webp", "mp4"] | None,
+        typer.Option("--format", help="By default png for pictures, mp4 for clips; webp holds both without loss."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw pictures with the deterministic sampler, from a run's newest weights or a recipe's base."""
+    """Draw pictures or clips with the deterministic sampler, from a run's newest weights or a recipe's base."""
     from dancegrpo.inference import draw
 
-    files = draw(source, list(prompt or []), count=count, seed=seed, out=out)
+    files = draw(source, list(prompt or []), count=count, seed=seed, out=out, form=form)
     _print({"files": [str(file) for file in files]}, "\n".join(map(str, files)), as_json)
+
+
+@app.command(
+    name="make-images",
+    epilog="Example: `dancegrpo make-images prompts.txt model.path=/models/FLUX.1-dev --model flux-hps --out frames`",
+)
+def make_images(
+    prompts: Annotated[str, typer.Argument(help="What to draw: any form that `prompts.train` takes.")],
+    model: Annotated[str, typer.Option(help="A run folder, or a recipe for its untrained pipeline.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and their `prompts.jsonl`.")],
+    overrides: Overrides = None,
+    seed: Annotated[int, typer.Option(help="Key of the starting noise.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts, the first.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the reference images of image-to-video with a text-to-image pipeline; a second call goes on from a first."""
+    from dancegrpo.reference_images import make_images as make
+
+    file = make(prompts, model, list(overrides or []), seed=seed, limit=limit, out=out)
+    _print({"prompts": str(file)}, str(file), as_json)
 
 
 @app.command(name="eval", epilog="Example: `dancegrpo eval runs/shapes-flux-seed0 evaluation.num_prompts=1200`")
@@ -147,6 +171,31 @@ def export(
 
     path = write(run_dir, out, ema=ema)
     _print({"export": str(path)}, str(path), as_json)
+
+
+@app.command(epilog="Example: `dancegrpo validate shapes-flux` or `dancegrpo validate DIR model.policy=my_port:Mine`")
+def validate(
+    model: Annotated[str, typer.Argument(help="A pipeline's folder, a shipped pipeline, or a hub id.")],
+    overrides: Overrides = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; by default the smallest the family accepts.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; by default the smallest the family accepts.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip; by default the shortest.")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps from noise to picture.")] = 4,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Key of all noise.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a model trains as it samples: equal to its pipeline, replayed exactly, exported whole."""
+    from dancegrpo.validate import as_json as told
+    from dancegrpo.validate import as_table
+    from dancegrpo.validate import validate as run
+
+    size = {"height": height, "width": width, "frames": frames, "steps": steps, "dtype": dtype, "device": device}
+    result = run(model, list(overrides or []), seed=seed, **size)
+    _print(told(result), as_table(result), as_json)
+    if not result.ok:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: `dancegrpo score hps --media pictures --prompts prompts.txt options.batch_size=8`")

@@ -74,7 +74,7 @@ class ModelConfig(Frozen):
     """A shipped pipeline (`shapes-flux`, `shapes-sd`, ...), a folder in diffusers' layout, or a hub id."""
     revision: str | None = None
     policy: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
-    """A policy class of your own, `package.module:Class`, for pipelines that no shipped one covers (docs/porting.md)."""
+    """A policy class of your own, `package.module:Class`, for a pipeline that none of ours covers (docs/porting.md)."""
     height: Pixels = 512
     """Pixels."""
     width: Pixels = 512
@@ -115,17 +115,30 @@ class PromptsConfig(Frozen):
     """Where prompts come from."""
 
     train: Annotated[str, Field(min_length=1)]
-    """`shapes:train`, a .txt/.jsonl/.csv/.parquet file, or `hf:DATASET[:SPLIT]`."""
+    """`shapes:train`, a .txt/.json/.jsonl/.csv/.parquet file, `hf:DATASET[:SPLIT]` or `images:FOLDER`; `hpd:`,
+    `pickapic:`, `vidprom:` or `consisid:` before it reads it as that public prompt set."""
     evaluation: str | None = None
     """Prompts that are only measured; the same forms. Never trained on."""
     per_iteration: Positive = 8
     """Prompts (groups) per rollout, over all devices."""
     column: str = "text"
-    """The field that holds the prompt in jsonl, csv, parquet and hub datasets."""
+    """The field that holds the prompt in json, jsonl, csv, parquet and hub datasets."""
+    image: str = "image"
+    """The field that holds the reference image of image-to-video: a path, the bytes, or a clip that starts with it."""
+    images: str | None = None
+    """The folder that the paths of images start from, or in which they lie by their names; None = the prompt file's."""
+    unique: bool = False
+    """Leave out prompts that came before, and empty ones."""
+    at_most: dict[str, Float] = {}
+    """Leave out records in which one of these fields exceeds its bound; lists of mere texts are taken whole."""
     negative: str = ""
     """Negative prompt for classifier-free guidance, where a prompt brings none of its own."""
     cache_mb: Count = 1000
     """Bound of the on-disk cache of text conditions under `output`, in megabytes; 0 = no cache."""
+
+    def reading(self) -> dict[str, Any]:
+        """How records become prompts: the arguments of `open_prompts` beside the source."""
+        return self.model_dump(include={"column", "negative", "image", "images", "unique", "at_most"})
 
 
 class TimestepsConfig(Frozen):

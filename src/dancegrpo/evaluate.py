@@ -25,7 +25,7 @@ def held_out(config: RunConfig) -> list[Prompt]:
     """The held-out prompts of a run: the same ones for the same settings, in the source's order; [] without any."""
     if not config.prompts.evaluation:
         return []
-    source = open_prompts(config.prompts.evaluation, column=config.prompts.column, negative=config.prompts.negative)
+    source = open_prompts(config.prompts.evaluation, **config.prompts.reading())
     count = config.evaluation.num_prompts or config.evaluation.samples
     if count >= len(source):
         return list(source)
@@ -35,15 +35,22 @@ def held_out(config: RunConfig) -> list[Prompt]:
 
 @torch.no_grad()
 def pictures(
-    policy: Policy, prompts: Sequence[Prompt], *, seed: int, batch_size: int, encode: Encode | None = None
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    seed: int,
+    batch_size: int,
+    encode: Encode | None = None,
+    start: int = 0,
 ) -> Iterator[tuple[list[Prompt], Tensor]]:
     """Draws each prompt once from noise keyed by (seed, its position): yields (prompts, media (B, F, 3, H, W)).
 
-    encode: in place of `policy.encode`, a cached one.
+    encode: in place of `policy.encode`, a cached one. start: the first prompt's position.
     """
     for first in range(0, len(prompts), batch_size):
         batch = list(prompts[first : first + batch_size])
-        noise = normal(policy.latent_shape, seed, "evaluation", [(first + offset,) for offset in range(len(batch))])
+        places = [(start + first + offset,) for offset in range(len(batch))]
+        noise = normal(policy.latent_shape, seed, "evaluation", places)
         condition = (encode or policy.encode)(batch)
         yield batch, policy.decode(sample(policy, condition, noise), condition)
 

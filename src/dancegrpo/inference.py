@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from dancegrpo import evaluate
 from dancegrpo.checkpoint import Checkpoint, load_latest
@@ -21,6 +22,9 @@ from dancegrpo.prompts import Prompt, open_prompts
 from dancegrpo.rewards import load_judges
 from dancegrpo.run_folder import RunFolder
 from dancegrpo.statistics import Comparison, Summary, compare, summarize
+from dancegrpo.video import save_clip
+
+Form = Literal["png", "webp", "mp4"]
 
 
 @dataclass(frozen=True)
@@ -73,22 +77,45 @@ def _load_weights(policy: Policy, checkpoint: Checkpoint, *, ema: bool) -> None:
         parameter.copy_(weights[name])
 
 
-def draw(source: str, texts: Sequence[str], *, count: int, seed: int, out: Path) -> list[Path]:
-    """`count` pictures of each text (of four held-out prompts where none is given), as out/PROMPT-NUMBER.png."""
+def draw(
+    source: str, texts: Sequence[str], *, count: int, seed: int, out: Path, form: Form | None = None
+) -> list[Path]:
+    """`count` samples of each text (of four held-out prompts where none is given), as out/PROMPT-NUMBER.SUFFIX.
+
+    form: PNG or WebP for pictures, mp4 or WebP for clips, the first of each by default; PNG and WebP lose nothing.
+    Raises ConfigError for a form that cannot hold what the model makes.
+    """
     trained = load_trained(source)
     config = trained.config
+    form = _form(form, config.model.num_frames)
     if texts:
         prompts = [Prompt(number, text, config.prompts.negative) for number, text in enumerate(texts)]
     else:
         source_of = config.prompts.evaluation or config.prompts.train
-        known = open_prompts(source_of, column=config.prompts.column, negative=config.prompts.negative)
+        known = open_prompts(source_of, **config.prompts.reading())
         prompts = [known[index] for index in range(min(4, len(known)))]
     repeated = [prompt for prompt in prompts for _ in range(count)]
-    files = [out / f"{index // count:03d}-{index % count:02d}.png" for index in range(len(repeated))]
+    files = [out / f"{index // count:03d}-{index % count:02d}.{form}" for index in range(len(repeated))]
     media = evaluate.pictures(trained.policy, repeated, seed=seed, batch_size=config.evaluation.batch_size)
     for file, frames in zip(files, (sample for _, batch in media for sample in batch), strict=True):
-        save_image(frames[0], file)
+        _save(frames, file, config.model.fps)
     return files
+
+
+def _form(form: Form | None, num_frames: int) -> Form:
+    if num_frames > 1 and form == "png":
+        raise ConfigError(f"--format png holds one frame, model.num_frames={num_frames} makes clips: use mp4 or webp")
+    if num_frames == 1 and form == "mp4":
+        raise ConfigError("--format mp4 is for clips, model.num_frames=1 makes pictures: use png or webp")
+    return form or ("mp4" if num_frames > 1 else "png")
+
+
+def _save(frames: Tensor, file: Path, fps: float) -> None:
+    """(F, 3, H, W) in [0, 1]."""
+    if file.suffix == ".png":
+        save_image(frames[0], file)
+    else:
+        save_clip(frames, file, fps)
 
 
 def measure(source: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
-from dancegrpo.errors import MediaError
+from dancegrpo.errors import MediaError, PromptError
 from dancegrpo.files import write_atomically
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-"""What Pillow reads; an animated file is a clip."""
-CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
-"""What PyAV reads."""
+from dancegrpo.prompt_images import CLIPS, PICTURES
+from dancegrpo.prompts import Prompt
 
 
 def to_uint8(picture: Tensor) -> Tensor:
@@ -104,6 +102,32 @@ def read_media(path: Path) -> Tensor:
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
 
 
+def reference_image(prompt: Prompt) -> Image.Image:
+    """The picture that an image-to-video model animates: RGB, upright as its file says, its first frame if it moves.
+
+    What is transparent shows white. Raises PromptError for a prompt without an image, a file that is missing or
+    damaged, and a picture of more than 8 bits per channel.
+    """
+    if prompt.image is None:
+        raise PromptError(
+            f"prompt {prompt.id} ({prompt.text!r}) has no image: this model animates one, give each prompt an image"
+        )
+    name = f"image {prompt.image}" if isinstance(prompt.image, Path) else f"the image of prompt {prompt.id}"
+    try:
+        opened: AbstractContextManager[Image.Image] = (
+            Image.open(prompt.image) if isinstance(prompt.image, Path) else nullcontext(prompt.image)
+        )
+        with opened as file:
+            picture = ImageOps.exif_transpose(file)
+    except FileNotFoundError as error:
+        raise PromptError(f"{name} of prompt {prompt.id} does not exist: put it back") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise PromptError(f"{name} cannot be read ({type(error).__name__}): save it again as PNG or JPEG") from error
+    if picture.mode.startswith(("I", "F")):
+        raise PromptError(f"{name} has more than 8 bits per channel (mode {picture.mode}): save it with 8")
+    return _opaque(picture)
+
+
 def _read_pictures(path: Path) -> list[np.ndarray]:
     with Image.open(path) as file:
         if file.mode.startswith(("I", "F")):
@@ -111,10 +135,15 @@ def _read_pictures(path: Path) -> list[np.ndarray]:
             raise MediaError(f"{path} has more than 8 bits per channel (mode {file.mode}): save it with 8.")
         frames = []
         for frame in ImageSequence.Iterator(file):
-            layer = frame.convert("RGBA")
-            sheet = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-            frames.append(np.asarray(Image.alpha_composite(sheet, layer).convert("RGB")))
+            frames.append(np.asarray(_opaque(frame)))
         return frames
+
+
+def _opaque(picture: Image.Image) -> Image.Image:
+    """Any picture of 8 bits per channel -> RGB; what is transparent shows white."""
+    layer = picture.convert("RGBA")
+    sheet = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+    return Image.alpha_composite(sheet, layer).convert("RGB")
 
 
 def _read_clip(path: Path) -> list[np.ndarray]:

@@ -10,11 +10,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dancegrpo.errors import PromptError
-from dancegrpo.prompts import Fields, Prompt, PromptSource
+from dancegrpo.prompt_images import CHECKED, check_image, find_image
+from dancegrpo.prompts import Fields, Prompt, PromptSource, Selection
 
 
 class ParquetFile(PromptSource):
-    """A Parquet file. Its text is unpacked once into a nameless temporary file, which is mapped into memory."""
+    """A Parquet file. Its text is unpacked once into a nameless temporary file, which is mapped into memory.
+
+    Images that lie in it as bytes stay there, and are read with their row group when a prompt is asked for.
+    """
 
     def __init__(self, path: Path, fields: Fields) -> None:
         try:
@@ -23,50 +27,77 @@ class ParquetFile(PromptSource):
         except ImportError as error:
             _missing_extra(f"reading {path}", "pyarrow", error)
         self._path, self._fields = path, fields
+        selection = Selection(fields)
         try:
-            with pq.ParquetFile(path) as file, tempfile.NamedTemporaryFile(suffix=".arrow") as spool:
-                self._ends = self._unpack(file, spool.name)
+            self._file = pq.ParquetFile(path)
+            self._groups = np.cumsum(
+                [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+            )
+            self._embedded = any(c.name == fields.image and not _plain(c.type) for c in self._file.schema_arrow)
+            with tempfile.NamedTemporaryFile(suffix=".arrow") as spool:
+                self._ends = self._unpack(spool.name, selection)
                 self._batches = pa.ipc.open_file(pa.memory_map(spool.name))
+            self._rows = selection.positions(str(path))
+            if self._embedded:
+                self._check_images()
         except (pa.ArrowException, OSError) as error:
             raise PromptError(f"cannot read prompts from {path}: {_first_line(error)}") from error
-        if not len(self):
-            raise PromptError(f"{path} holds no prompts: write at least one")
 
-    def _unpack(self, file: Any, target: str) -> np.ndarray:
-        """Checks every record while copying it, a thousand at a time; the number of rows up to each batch's end."""
+    def _unpack(self, target: str, selection: Selection) -> np.ndarray:
+        """Copies what is no picture, batch by batch; returns the number of rows up to each batch's end."""
         import pyarrow as pa
 
-        # Pictures in bytes are no use to a prompt; pandas' categories cannot be written batch by batch.
+        # Pandas' categories cannot be written batch by batch.
         schema = pa.schema(
             [
                 pa.field(column.name, column.type.value_type if pa.types.is_dictionary(column.type) else column.type)
-                for column in file.schema_arrow
+                for column in self._file.schema_arrow
                 if _plain(column.type)
             ]
         )
+        pictures = [self._fields.image] if self._embedded and self._fields.unique else []
         ends, rows = [], 0
         with pa.OSFile(target, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for batch in file.iter_batches(1024, columns=schema.names):
-                batch = batch.cast(schema)
+            size = 64 if pictures else 1024
+            for batch in self._file.iter_batches(size, columns=[*schema.names, *pictures]):
                 for row, record in enumerate(batch.to_pylist(), rows):
-                    self._prompt(row, record)
-                writer.write_batch(batch)
+                    selection.offer(row, _present(record, self._fields.column), f"{self._path} row {row + 1}")
+                writer.write_batch(batch.select(schema.names).cast(schema))
                 rows += batch.num_rows
                 ends.append(rows)
         return np.array(ends, dtype=np.int64)
 
+    def _check_images(self) -> None:
+        """Reads the first images' headers, in one pass: each alone would read its whole row group."""
+        wanted, rows = set(self._rows[:CHECKED].tolist()), 0
+        for batch in self._file.iter_batches(64, columns=[self._fields.image]):
+            for row, value in enumerate(batch.column(0).to_pylist(), rows):
+                where = f"{self._path} row {row + 1}"
+                if row in wanted and (image := find_image(value, self._fields.folder, where)) is not None:
+                    check_image(image, where)
+            rows += batch.num_rows
+            if rows > max(wanted):
+                return
+
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Prompt:
         self.check_index(index)
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        start = int(self._ends[number - 1]) if number else 0
-        record = self._batches.get_batch(number).slice(index - start, 1).to_pylist()[0]
-        return self._prompt(index, record)
+        return self._fields.prompt(index, self._record(index), self._where(index))
 
-    def _prompt(self, index: int, record: Mapping[str, Any]) -> Prompt:
-        return self._fields.prompt(index, _present(record, self._fields.column), f"{self._path} row {index + 1}")
+    def _where(self, index: int) -> str:
+        return f"{self._path} row {int(self._rows[index]) + 1}"
+
+    def _record(self, index: int) -> dict[str, Any]:
+        row = int(self._rows[index])
+        number, offset = _place(self._ends, row)
+        record = self._batches.get_batch(number).slice(offset, 1).to_pylist()[0]
+        if self._embedded:
+            group, offset = _place(self._groups, row)
+            column = self._file.read_row_group(group, columns=[self._fields.image]).column(0)
+            record[self._fields.image] = column[offset].as_py()
+        return _present(record, self._fields.column)
 
 
 class HubDataset(PromptSource):
@@ -82,26 +113,41 @@ class HubDataset(PromptSource):
             rows = datasets.load_dataset(name, split=split)
         except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
             raise PromptError(f"cannot load {self._name}: {_first_line(error)}") from error
-        media = (datasets.Image, datasets.Audio, datasets.Video)
-        self._rows = rows.select_columns([key for key, kind in rows.features.items() if not isinstance(kind, media)])
-        if not len(self._rows):
-            raise PromptError(f"{self._name} holds no prompts: name another split")
-        first = 0
-        for batch in self._rows.iter(1024):
+        plain = [column.name for column in rows.features.arrow_schema if _plain(column.type)]
+        pictures = [fields.image] if fields.image in rows.features and fields.image not in plain else []
+        if pictures and isinstance(rows.features[fields.image], datasets.Image):
+            # Undecoded: the bytes or the path, of which only what is asked for is opened.
+            rows = rows.cast_column(fields.image, datasets.Image(decode=False))
+        self._table = rows.select_columns([*plain, *pictures])
+        scanned = self._table if fields.unique else rows.select_columns(plain)
+        selection, first = Selection(fields), 0
+        for batch in scanned.iter(64 if pictures and fields.unique else 1024):
             records = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-            for index, record in enumerate(records, first):
-                self._prompt(index, record)
+            for row, record in enumerate(records, first):
+                selection.offer(row, _present(record, fields.column), f"{self._name} row {row + 1}")
             first += len(records)
+        self._rows = selection.positions(self._name)
+        for index in range(min(CHECKED, len(self)) if pictures else 0):
+            fields.prompt(index, self._record(index), self._where(index), opening=True)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Prompt:
         self.check_index(index)
-        return self._prompt(index, self._rows[index])
+        return self._fields.prompt(index, self._record(index), self._where(index))
 
-    def _prompt(self, index: int, record: Mapping[str, Any]) -> Prompt:
-        return self._fields.prompt(index, _present(record, self._fields.column), f"{self._name} row {index + 1}")
+    def _where(self, index: int) -> str:
+        return f"{self._name} row {int(self._rows[index]) + 1}"
+
+    def _record(self, index: int) -> dict[str, Any]:
+        return _present(self._table[int(self._rows[index])], self._fields.column)
+
+
+def _place(ends: np.ndarray, row: int) -> tuple[int, int]:
+    """ends: rows up to the end of each part -> (the part that holds the row, its number within it)."""
+    part = int(np.searchsorted(ends, row, side="right"))
+    return part, row - (int(ends[part - 1]) if part else 0)
 
 
 def _plain(kind: Any) -> bool:

@@ -6,20 +6,20 @@ is asked for. A million prompts cost no memory.
 
 from __future__ import annotations
 
-import csv
+import datetime
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from dancegrpo.errors import PromptError
+from dancegrpo.prompt_images import CHECKED, check_image, find_image, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,7 +51,18 @@ class Prompt:
                 return hashlib.sha256(image.read_bytes()).hexdigest()
             except OSError as error:
                 raise PromptError(f"image {image} cannot be read ({error.strerror}): put it back") from error
-        return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
+        # Beside the pixels, what decides how they look: a palette, the transparent colour, the side that is up.
+        shown = image.mode, image.size, image.getpalette(None), image.info.get("transparency"), image.getexif().get(274)
+        return hashlib.sha256(repr(shown).encode() + image.tobytes()).hexdigest()
+
+
+def json_value(value: Any) -> Any:
+    """NumPy's numbers and arrays, and dates, which tables bring, as JSON's: a `default` of `json.dumps`."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 class PromptSource(ABC):
@@ -75,19 +86,25 @@ class PromptSource(ABC):
 
 @dataclass(frozen=True)
 class Fields:
-    """How a record becomes a prompt: `column` holds the text; `negative`, `image` and `metadata` are known by name.
+    """How a record becomes a prompt: `column` holds the text, `image` its image; `negative`, `metadata` are so named.
 
-    negative: for records that bring none of their own. folder: what relative image paths start from.
+    negative: for records that bring none of their own. folder: what relative image paths start from; by_name: there
+    they may also be found by their file name alone. unique, at_most: which records are left out, see `open_prompts`.
     """
 
-    column: str
-    negative: str
-    folder: Path
+    column: str = "text"
+    negative: str = ""
+    folder: Path = Path()
+    image: str = "image"
+    by_name: bool = False
+    unique: bool = False
+    at_most: Mapping[str, float] = field(default_factory=dict)
 
-    def prompt(self, index: int, record: Mapping[str, Any], where: str) -> Prompt:
+    def prompt(self, index: int, record: Mapping[str, Any], where: str, *, opening: bool = False) -> Prompt:
         """Fields of other names join the metadata, where `metadata` itself comes first. PromptError names `where`.
 
-        A record in GenEval's form (`tag` and `include`) gets its tag as `task` too.
+        A record in GenEval's form (`tag` and `include`) gets its tag as `task` too. opening: the record is only
+        checked, its image not decoded.
         """
         if self.column not in record:
             raise PromptError(f"{where} {self.missing(record)}")
@@ -98,13 +115,37 @@ class Fields:
             raise PromptError(f"{where} has an empty {self.column!r}: write a prompt or delete the record")
         if negative is not None and not isinstance(negative, str):
             raise PromptError(f"{where}: negative={negative!r} is not text: put it in quotes")
-        others = {k: v for k, v in record.items() if k not in (self.column, "negative", "image", "metadata")}
+        known = (self.column, "negative", self.image, "metadata")
+        others = {name: value for name, value in record.items() if name not in known}
         metadata = {**others, **self._metadata(record.get("metadata"), where)}
         if "task" not in metadata and "include" in metadata and isinstance(metadata.get("tag"), str):
             # GenEval's records call it `tag`; evaluations give a rate for each `task`.
             metadata["task"] = metadata["tag"]
         own = self.negative if negative is None else negative
-        return Prompt(index, text, own, self._image(record.get("image"), where), metadata)
+        return Prompt(index, text, own, self._image(index, record.get(self.image), where, opening), metadata)
+
+    def wanted(self, record: Mapping[str, Any], where: str) -> bool:
+        """Whether `at_most`, and for empty texts `unique`, leave a record in. PromptError where it cannot be said."""
+        if self.unique and self.column in record and not str(record[self.column] or "").strip():
+            return False
+        if record.keys() <= {self.column}:
+            return True  # a list of mere texts has nothing to compare
+        return all(self._number(record, name, where) <= bound for name, bound in self.at_most.items())
+
+    def _number(self, record: Mapping[str, Any], name: str, where: str) -> float:
+        try:
+            return float(record[name])
+        except KeyError:
+            had = ", ".join(record)
+            raise PromptError(f"{where} has no field {name!r} (it has {had}): mend prompts.at_most") from None
+        except (TypeError, ValueError):
+            told = f"{where}: {name}={record[name]!r} is not a number"
+            raise PromptError(f"{told}: prompts.at_most compares numbers") from None
+
+    def key(self, record: Mapping[str, Any]) -> int:
+        """64 bits that two records share if they ask for the same: text, negative and image."""
+        told = repr((str(record[self.column]).strip(), record.get("negative"), record.get(self.image)))
+        return int.from_bytes(hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
     def missing(self, names: Iterable[str]) -> str:
         """What is said of a record, or a table, that lacks the column."""
@@ -112,15 +153,15 @@ class Fields:
             f"has no field {self.column!r} (it has {', '.join(names) or 'none'}): set prompts.column to the right one"
         )
 
-    def _image(self, value: Any, where: str) -> Path | None:
-        if value is None or value == "":
+    def _image(self, index: int, value: Any, where: str, opening: bool) -> Path | Image | None:
+        image = find_image(value, self.folder, where, by_name=self.by_name)
+        if image is None:
             return None
-        path = self.folder / value if isinstance(value, str) else None
-        if path is None or not path.is_file():
-            raise PromptError(
-                f"{where}: image {value!r} is not a file: give a path, relative ones start at {self.folder}"
-            )
-        return path
+        if not opening:
+            return open_image(image, where)
+        if index < CHECKED:
+            check_image(image, where)
+        return None
 
     @staticmethod
     def _metadata(value: Any, where: str) -> Mapping[str, Any]:
@@ -135,129 +176,32 @@ class Fields:
         return value or {}
 
 
-class _Lines:
-    """The lines of a UTF-8 file as text, counting the bytes and lines that were handed out."""
+class Selection:
+    """The positions of the records that `fields` leaves in, 8 bytes each, in their order; each record is checked."""
 
-    def __init__(self, file: BinaryIO, name: str, position: int = 0) -> None:
-        self.file, self.name, self.position, self.number = file, name, position, 0
-        file.seek(position)
+    def __init__(self, fields: Fields) -> None:
+        self._fields, self._positions, self._keys = fields, array("Q"), array("Q")
 
-    def __iter__(self) -> _Lines:
-        return self
+    def offer(self, position: int, record: Mapping[str, Any], where: str) -> None:
+        """Raises PromptError, which starts with `where`, for a record that is no prompt."""
+        if not self._fields.wanted(record, where):
+            return
+        self._fields.prompt(len(self._positions), record, where, opening=True)
+        self._positions.append(position)
+        if self._fields.unique:
+            self._keys.append(self._fields.key(record))
 
-    def __next__(self) -> str:
-        raw = self.file.readline()
-        if not raw:
-            raise StopIteration
-        first = self.position == 0
-        self.position += len(raw)
-        self.number += 1
-        try:
-            # Spreadsheets put a byte order mark before the first character.
-            return raw.decode("utf-8-sig" if first else "utf-8")
-        except UnicodeDecodeError as error:
-            raise PromptError(f"{self.name} line {self.number} is not UTF-8 text: save the file as UTF-8") from error
-
-
-Record = tuple[int, Mapping[str, Any]]
-"""The line a record starts at, and its fields."""
-
-
-class TextFile(PromptSource):
-    """One prompt per line; blank lines are skipped. The base of the other line-based formats."""
-
-    def __init__(self, path: Path, fields: Fields) -> None:
-        self._path, self._fields, self._starts = path, fields, array("Q")
-        try:
-            with path.open("rb") as file:
-                self._version = _version(file)
-                self._scan(_Lines(file, str(path)))
-        except OSError as error:
-            raise PromptError(f"cannot read prompts from {path}: {error.strerror or error}") from error
-        if not self._starts:
-            raise PromptError(f"{path} holds no prompts: write at least one")
-
-    def _scan(self, lines: _Lines) -> None:
-        self._read_header(lines)
-        start = lines.position
-        for line, record in self._records(lines):
-            self._fields.prompt(len(self._starts), record, f"{self._path} line {line}")
-            self._starts.append(start)
-            start = lines.position
-
-    def _read_header(self, lines: _Lines) -> None:
-        """Formats with a header take it off the lines here."""
-
-    def _records(self, lines: _Lines) -> Iterator[Record]:
-        """The records from where `lines` stands; takes no line beyond a record before handing that record out."""
-        for line in lines:
-            if text := line.strip():
-                yield lines.number, {self._fields.column: text}
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> Prompt:
-        self.check_index(index)
-        try:
-            with self._path.open("rb") as file:
-                if _version(file) != self._version:
-                    raise PromptError(f"{self._path} has changed since it was opened: start again, or put it back")
-                _, record = next(self._records(_Lines(file, str(self._path), self._starts[index])))
-        except OSError as error:
-            raise PromptError(f"cannot read prompts from {self._path}: {error.strerror or error}") from error
-        return self._fields.prompt(index, record, f"{self._path} prompt {index}")
-
-
-class JsonlFile(TextFile):
-    """One JSON object per line; blank lines are skipped."""
-
-    def _records(self, lines: _Lines) -> Iterator[Record]:
-        for line in lines:
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise PromptError(f"{self._path} line {lines.number} is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise PromptError(
-                    f"{self._path} line {lines.number} is not a JSON object: write {{{self._fields.column!r}: ...}}"
-                )
-            yield lines.number, record
-
-
-class CsvFile(TextFile):
-    """Comma-separated with a header; cells in quotes may hold line breaks. An empty cell is a field that is absent."""
-
-    _header: Sequence[str] = ()
-
-    def _read_header(self, lines: _Lines) -> None:
-        line, row = next(self._rows(lines), (1, []))
-        self._header = [name.strip() for name in row]
-        if row and self._fields.column not in self._header:
-            raise PromptError(f"{self._path} line {line} {self._fields.missing(self._header)}")
-
-    def _rows(self, lines: _Lines) -> Iterator[tuple[int, list[str]]]:
-        reader = csv.reader(lines, strict=True)
-        while True:
-            line = lines.number + 1
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise PromptError(f"{self._path} line {line} is not CSV: {error}") from error
-            if row:
-                yield line, row
-
-    def _records(self, lines: _Lines) -> Iterator[Record]:
-        for line, row in self._rows(lines):
-            if len(row) > (columns := len(self._header)):
-                found = f"has {len(row)} cells for {columns} columns"
-                raise PromptError(f"{self._path} line {line} {found}: put quotes around cells with commas")
-            cells = dict(zip(self._header, row, strict=False))
-            yield line, {name: cell for name, cell in cells.items() if cell or name == self._fields.column}
+    def positions(self, name: str) -> np.ndarray:
+        """(prompts,) uint64; of records that ask for the same, the first. PromptError where none is left in."""
+        found = np.asarray(self._positions)
+        if not len(found):
+            left = "none within prompts.at_most" if self._fields.at_most else "write at least one"
+            raise PromptError(f"{name} holds no prompts: {left}")
+        if self._fields.unique:
+            # Sorting needs no more memory than the index; a set of a million texts would need a hundred times that.
+            _, first = np.unique(np.asarray(self._keys), return_index=True)
+            found = found[np.sort(first)]
+        return found
 
 
 class PromptList(PromptSource):
@@ -274,34 +218,70 @@ class PromptList(PromptSource):
         return self._prompts[index]
 
 
-FILES = {".txt": TextFile, ".jsonl": JsonlFile, ".csv": CsvFile}
+PUBLISHED = {"hpd": "prompt", "pickapic": "caption", "vidprom": "prompt", "consisid": "cap"}
+"""Public prompt sets, and the field that holds the text in each; `prompt_sets` says more."""
 
 
-def open_prompts(source: str, *, column: str = "text", negative: str = "") -> PromptSource:
-    """The prompts of `shapes:train`, a .txt/.jsonl/.csv/.parquet file or `hf:DATASET[:SPLIT]`.
+def open_prompts(
+    source: str,
+    *,
+    column: str = "text",
+    negative: str = "",
+    image: str = "image",
+    images: str | None = None,
+    unique: bool = False,
+    at_most: Mapping[str, float] | None = None,
+) -> PromptSource:
+    """The prompts of a .txt/.json/.jsonl/.csv/.parquet file, `hf:DATASET[:SPLIT]`, `images:FOLDER` or `shapes:train`.
 
     The shapes world has captions of drawings (`shapes`), of clips (`shapes-video`) and of their stills (`shapes-t2i`),
-    and first frames to set in motion (`shapes-i2v`), each as `:train` and `:heldout`.
+    and first frames to set in motion (`shapes-i2v`), each as `:train` and `:heldout`. `hpd:`, `pickapic:`, `vidprom:`
+    and `consisid:` before a file or a dataset read it as that prompt set is published (see `prompt_sets`).
+
     column: the field that holds the text (not in .txt). negative: for prompts that bring no negative one of their own.
+    image: the field that holds the reference image. images: the folder its paths start from, or lie in by their file
+    names alone; None = the prompt file's. unique: leave out empty texts and repeated prompts. at_most: leave out
+    records in which one of these fields exceeds its bound.
     Every record is checked now; raises PromptError, one line with file and line, for the first one that is unusable.
     """
     kind, colon, rest = source.partition(":")
     if colon and kind in ("shapes", "shapes-video", "shapes-i2v", "shapes-t2i"):
         return _shapes(kind, rest, negative)
+    folder = None if images is None else Path(images).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise PromptError(f"prompts.images={images} is not a folder: name the one that holds the images")
+    fields = Fields(column, negative, folder or Path(), image, folder is not None, unique, at_most or {})
+    if colon and kind in PUBLISHED:
+        from dancegrpo.prompt_sets import open_published
+
+        return open_published(kind, rest, fields)
+    return open_records(source, fields)
+
+
+def open_records(source: str, fields: Fields) -> PromptSource:
+    """The prompts of a file, a dataset or a folder of images: see `open_prompts`."""
+    kind, colon, rest = source.partition(":")
     if colon and kind == "hf":
         from dancegrpo.prompt_tables import HubDataset
 
         # The first colon ends the name: a split may have its own, as in train[:100].
         name, _, split = rest.partition(":")
-        return HubDataset(name, split or "train", Fields(column, negative, Path()))
+        return HubDataset(name, split or "train", fields)
+    if colon and kind == "images":
+        from dancegrpo.prompt_sets import ImageFolder
+
+        return ImageFolder(Path(rest).expanduser(), fields)
+    from dancegrpo.prompt_files import FILES
+
     path = Path(source).expanduser()
-    suffix, fields = path.suffix.lower(), Fields(column, negative, path.parent)
+    suffix = path.suffix.lower()
     if suffix not in (*FILES, ".parquet"):
-        forms = f"a {', '.join(FILES)} or .parquet file, hf:DATASET[:SPLIT] or shapes:train"
+        forms = f"a {', '.join(FILES)} or .parquet file, hf:DATASET[:SPLIT], images:FOLDER or shapes:train"
         raise PromptError(f"prompts {source!r} are of no known form: use {forms}")
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise PromptError(f"prompt file {path} {what}: name a {suffix} file")
+    fields = fields if fields.by_name else replace(fields, folder=path.parent)
     if suffix == ".parquet":
         from dancegrpo.prompt_tables import ParquetFile
 
@@ -310,16 +290,17 @@ def open_prompts(source: str, *, column: str = "text", negative: str = "") -> Pr
 
 
 def _shapes(kind: str, split: str, negative: str) -> PromptSource:
-    if split != "train" and split != "heldout":
+    if split not in ("train", "heldout"):
         raise PromptError(f"{kind}:{split} does not exist: use {kind}:train or {kind}:heldout")
+    part: Literal["train", "heldout"] = "train" if split == "train" else "heldout"
     if kind == "shapes":
         from dancegrpo.shapes.scenes import prompts
 
-        return PromptList(prompts(split), negative)
+        return PromptList(prompts(part), negative)
     from dancegrpo.shapes.clips import clip_prompts, i2v_prompts, still_prompts
 
     forms = {"shapes-video": clip_prompts, "shapes-i2v": i2v_prompts, "shapes-t2i": still_prompts}
-    return forms[kind](split, negative=negative)
+    return forms[kind](part, negative=negative)
 
 
 class GroupSampler:
@@ -349,8 +330,3 @@ class GroupSampler:
             keys = np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=(epoch,))).random_raw(self._length)
             self._cached = epoch, np.argsort(keys, kind="stable").astype(np.uint32)
         return self._cached[1]
-
-
-def _version(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from dancegrpo.errors import ConfigError
 from dancegrpo.noise import generator, normal
 from dancegrpo.policies.base import Condition, Dynamics, Policy
 from dancegrpo.sde import Gaussian, Reduction
-
 
 OnBatch = Callable[[Tensor, Condition], None]
 """What takes a rollout's final latents (N, *S), with their N conditions, as they come."""
@@ -36,7 +36,7 @@ class Trajectory:
 
     x_t, x_next: (B, K, *S) latents before and after the trained transitions, in the host's memory with
     `rollout.store=host`; all else is on the policy's device. step: (B, K) int64. noise_level, log_prob: (B, K) float32.
-    x0: (B, *S) final latents. group: (B,) int64 into `condition`. condition: one row per prompt, not repeated per sample.
+    x0: (B, *S) final latents. group: (B,) int64 into `condition`. condition: one row per prompt, not per sample.
     """
 
     x_t: Tensor
@@ -144,61 +144,91 @@ def rollout(
     plan = step_plan(config, policy.dynamics, num_prompts, seed, iteration)
     start = starting_noise(config, policy.latent_shape, num_prompts, seed, iteration)
     group = torch.arange(num_prompts).repeat_interleave(size)
-    (batch, kept), device = plan.trained.shape, policy.device
-    x_t, x_next = (_latents((batch, kept, *policy.latent_shape), config.store, device) for _ in range(2))
-    log_prob = torch.empty(batch, kept, device=device)
+    noise_of = partial(_step_noise, plan, policy.latent_shape, size=size, seed=seed, iteration=iteration)
+    batch, device = len(plan.trained), policy.device
+    kept = _Kept(plan, policy.latent_shape, config.store, device, reduction)
     x0 = torch.empty(batch, *policy.latent_shape, device=device)
     for first in range(0, batch, config.batch_size):
         rows = torch.arange(first, min(first + config.batch_size, batch))
         told = condition[group[rows].to(device)]
-        x = policy.start(start[rows].to(device), told)
-        for step in range(config.num_steps):
-            gaussian = _transition(policy, x, step, told, plan.noise_level[rows, step])
-            noise = _step_noise(plan, policy.latent_shape, rows, size, step, seed, iteration)
-            following = gaussian.mean if noise is None else gaussian.sample(noise.to(device))
-            local, slot = (plan.trained[rows] == step).nonzero(as_tuple=True)
-            if len(local):
-                at, local = rows[local], local.to(device)
-                _put(x_t, at, slot, x[local])
-                _put(x_next, at, slot, following[local])
-                taken = Gaussian(gaussian.mean[local], gaussian.std[local])
-                _put(log_prob, at, slot, taken.log_prob(following[local], reduction=reduction))
-            x = following
+        x = _draw(policy, start[rows].to(device), told, kept, rows, noise_of)
         x0[rows.to(device)] = x
         if on_batch is not None:
             on_batch(x, told)
+    kept.settle()
     level = plan.noise_level.gather(1, plan.trained).to(device)
-    return Trajectory(x_t, x_next, plan.trained.to(device), level, log_prob, x0, group.to(device), condition)
+    trained = plan.trained.to(device)
+    return Trajectory(kept.x_t, kept.x_next, trained, level, kept.log_prob, x0, group.to(device), condition)
 
 
-def _latents(shape: tuple[int, ...], store: str, device: torch.device) -> Tensor:
-    """Room for a trajectory's latents. Pages that are pinned go to and from the accelerator without a detour."""
-    if store == "host" and device.type != "cpu":
-        return torch.empty(shape, pin_memory=device.type == "cuda")
-    return torch.empty(shape, device=device)
+def _draw(
+    policy: Policy, x: Tensor, told: Condition, kept: _Kept, rows: Tensor, noise_of: Callable[..., Tensor | None]
+) -> Tensor:
+    """The samples `rows` of a rollout, (N, *S), from their starting noise x."""
+    # A function of its own: what the last step leaves behind is freed before the latents are decoded.
+    x = policy.start(x, told)
+    for step in range(policy.dynamics.num_steps):
+        gaussian = _transition(policy, x, step, told, kept.plan.noise_level[rows, step])
+        noise = noise_of(rows=rows, step=step)
+        following = gaussian.mean if noise is None else gaussian.sample(noise.to(x.device))
+        kept.record(rows, step, x, following, gaussian)
+        x = following
+    return x
 
 
-def _put(store: Tensor, row: Tensor, slot: Tensor, values: Tensor) -> None:
-    """store[row, slot] = values, from one device to another where they differ. row, slot: (N,) int64 on the CPU."""
+class _Kept:
+    """What is kept of the trained transitions while they are drawn; latents on the device or in the host's memory."""
+
+    def __init__(
+        self, plan: StepPlan, shape: tuple[int, ...], store: str, device: torch.device, reduction: Reduction
+    ) -> None:
+        self.plan, self.device, self.reduction = plan, device, reduction
+        self.log_prob = torch.empty(plan.trained.shape, device=device)
+        # Pinned pages go to and from the accelerator without a detour; where host and device are one there are none.
+        place = (
+            {"device": device} if store == "device" or device.type == "cpu" else {"pin_memory": device.type == "cuda"}
+        )
+        self.x_t, self.x_next = (torch.empty(*plan.trained.shape, *shape, **place) for _ in range(2))
+
+    def record(self, rows: Tensor, step: int, x: Tensor, following: Tensor, gaussian: Gaussian) -> None:
+        """Keeps the transition x -> following, both (N, *S), of those samples of `rows` (N,) that train this step."""
+        local, slot = (self.plan.trained[rows] == step).nonzero(as_tuple=True)
+        if not len(local):
+            return
+        at, local = rows[local], local.to(self.device)
+        put(self.x_t, at, slot, x[local])
+        put(self.x_next, at, slot, following[local])
+        taken = Gaussian(gaussian.mean[local], gaussian.std[local])
+        put(self.log_prob, at, slot, taken.log_prob(following[local], reduction=self.reduction))
+
+    def settle(self) -> None:
+        """Waits for copies to the host that are still under way."""
+        if self.x_t.device != self.log_prob.device:
+            torch.accelerator.synchronize(self.device)
+
+
+def put(store: Tensor, sample: Tensor, slot: Tensor, values: Tensor) -> None:
+    """store[sample, slot] = values, (N, *S) into a store (B, K, *S) wherever it lies; sample, slot: (N,) int64."""
     if store.device == values.device:
-        store[row.to(store.device), slot.to(store.device)] = values
-    else:
-        copy_rows([store[r, s] for r, s in zip(row.tolist(), slot.tolist(), strict=True)], values)
+        store[sample.to(store.device), slot.to(store.device)] = values
+        return
+    for row, value in zip(_rows(store, sample, slot), values, strict=True):
+        row.copy_(value, non_blocking=store.is_pinned())
 
 
-def fetch(store: Tensor, row: Tensor, slot: Tensor, device: torch.device) -> Tensor:
-    """store[row, slot] on `device`: (N, *S) of a store (B, K, *S) wherever it lies. row, slot: (N,) int64."""
+def fetch(store: Tensor, sample: Tensor, slot: Tensor, device: torch.device) -> Tensor:
+    """store[sample, slot] on `device`: (N, *S) of a store (B, K, *S) wherever it lies; sample, slot: (N,) int64."""
     if store.device == device:
-        return store[row.to(device), slot.to(device)]
-    fetched = torch.empty(len(row), *store.shape[2:], dtype=store.dtype, device=device)
-    copy_rows(fetched, [store[r, s] for r, s in zip(row.tolist(), slot.tolist(), strict=True)])
+        return store[sample.to(device), slot.to(device)]
+    fetched = torch.empty(len(sample), *store.shape[2:], dtype=store.dtype, device=device)
+    for target, row in zip(fetched, _rows(store, sample, slot), strict=True):
+        target.copy_(row, non_blocking=store.is_pinned())
     return fetched
 
 
-def copy_rows(to: Sequence[Tensor] | Tensor, values: Sequence[Tensor] | Tensor) -> None:
-    """Copies row by row: an index over pinned memory would first gather a second copy that is not pinned."""
-    for target, value in zip(to, values, strict=True):
-        target.copy_(value, non_blocking=True)
+def _rows(store: Tensor, sample: Tensor, slot: Tensor) -> list[Tensor]:
+    # Views: an index over pinned memory would first gather a second copy, which is not pinned.
+    return [store[s, k] for s, k in zip(sample.tolist(), slot.tolist(), strict=True)]
 
 
 @torch.no_grad()
@@ -218,7 +248,7 @@ def _transition(policy: Policy, x: Tensor, step: int, condition: Condition, nois
 
 
 def _step_noise(
-    plan: StepPlan, shape: tuple[int, ...], rows: Tensor, size: int, step: int, seed: int, iteration: int
+    plan: StepPlan, shape: tuple[int, ...], *, rows: Tensor, size: int, step: int, seed: int, iteration: int
 ) -> Tensor | None:
     """Keyed noise of this step for the rows; None where every row takes the deterministic step."""
     if not bool((plan.noise_level[rows, step] > 0).any()):

@@ -32,6 +32,10 @@ class Tracker(Protocol):
         """Record picture files under one name."""
         ...
 
+    def log_clips(self, name: str, paths: Sequence[Path], step: int) -> None:
+        """Record mp4 files under one name."""
+        ...
+
     def finish(self) -> None:
         """Flush and close."""
         ...
@@ -44,6 +48,9 @@ class NoTracker:
         """Nothing."""
 
     def log_images(self, name: str, paths: Sequence[Path], step: int) -> None:
+        """Nothing."""
+
+    def log_clips(self, name: str, paths: Sequence[Path], step: int) -> None:
         """Nothing."""
 
     def finish(self) -> None:
@@ -64,6 +71,10 @@ class GuardedTracker:
     def log_images(self, name: str, paths: Sequence[Path], step: int) -> None:
         """Record picture files under one name."""
         self._attempt(lambda: self._inner.log_images(name, paths, step))
+
+    def log_clips(self, name: str, paths: Sequence[Path], step: int) -> None:
+        """Record mp4 files under one name."""
+        self._attempt(lambda: self._inner.log_clips(name, paths, step))
 
     def finish(self) -> None:
         """Flush and close."""
@@ -106,6 +117,12 @@ class TrackioTracker:
         pictures = {f"{name}/{path.stem}": self._trackio.Image(str(path)) for path in paths}
         self._run.log(pictures, step=step)
 
+    def log_clips(self, name: str, paths: Sequence[Path], step: int) -> None:
+        """Copy the clips into trackio's folder."""
+        # From files: for arrays trackio needs an ffmpeg on the PATH.
+        clips = {f"{name}/{path.stem}": self._trackio.Video(str(path), format="mp4") for path in paths}
+        self._run.log(clips, step=step)
+
     def finish(self) -> None:
         """Wait until everything is written (30 s at most)."""
         with contextlib.redirect_stdout(io.StringIO()):
@@ -140,6 +157,11 @@ class WandbTracker:
         """Upload the pictures as one panel."""
         self._run.log({name: [self._wandb.Image(str(path)) for path in paths], "iteration": step})
 
+    def log_clips(self, name: str, paths: Sequence[Path], step: int) -> None:
+        """Upload the clips as one panel."""
+        clips = [self._wandb.Video(str(path), format="mp4") for path in paths]
+        self._run.log({name: clips, "iteration": step})
+
     def finish(self) -> None:
         """Wait for the upload."""
         self._run.finish()
@@ -169,6 +191,12 @@ class TensorBoardTracker:
         for path in paths:
             with Image.open(path) as image:
                 self._writer.add_image(f"{name}/{path.stem}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def log_clips(self, name: str, paths: Sequence[Path], step: int) -> None:
+        """Write where the clips are: TensorBoard plays none without moviepy, which it does not mention."""
+        for path in paths:
+            told = f"TensorBoard plays no clips: see the strips of frames under its images, or play `{path}`."
+            self._writer.add_text(f"{name}/{path.stem}", told, step)
 
     def finish(self) -> None:
         """Flush and close the event file."""

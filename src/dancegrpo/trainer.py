@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dancegrpo import evaluate as measure
 from dancegrpo.algorithms import build_algorithm
+from dancegrpo.background import BackgroundWriter
 from dancegrpo.checkpoint import Checkpoint, load_latest, save, truncate_metrics
 from dancegrpo.config import RewardConfig, RunConfig, diff_configs, load_config
 from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.files import write_json
 from dancegrpo.health import Clock, peak_memory_mb, reward_metrics, use_threads
-from dancegrpo.media import grid, save_image
 from dancegrpo.policies import Condition, Policy, load_policy
 from dancegrpo.policies.cache import CachedEncoder, ConditionCache
 from dancegrpo.progress import Progress
@@ -30,6 +30,7 @@ from dancegrpo.prompts import GroupSampler, Prompt, open_prompts
 from dancegrpo.report import write_report
 from dancegrpo.rewards import CATALOG, IN_PYTHON, MIN_VALID_FRACTION, FunctionReward, Judges, Reward, load_reward
 from dancegrpo.run_folder import RunFolder
+from dancegrpo.samples import MOVING_SHEET, SHEET, write_samples
 from dancegrpo.sampling import step_plan, trained_steps
 from dancegrpo.statistics import summarize
 from dancegrpo.tracking import Tracker, open_tracker
@@ -94,7 +95,7 @@ class Trainer:
         self.config = config
         self.threads = use_threads(config.threads)
         prompts = config.prompts
-        self.prompts = open_prompts(prompts.train, column=prompts.column, negative=prompts.negative)
+        self.prompts = open_prompts(prompts.train, **prompts.reading())
         self.sampler = GroupSampler(len(self.prompts), prompts.per_iteration, config.seed)
         self.held_out = measure.held_out(config)
         self.policy: Policy = load_policy(config.model, config.rollout, seed=config.seed)
@@ -103,6 +104,7 @@ class Trainer:
                 f"prompts.negative={prompts.negative!r} would do nothing: {config.model.path} at model.guidance_scale="
                 f"{config.model.guidance_scale:g} uses no classifier-free guidance; leave it empty"
             )
+        self._require_images()
         cache = (
             ConditionCache(Path(config.output) / ".conditions", prompts.cache_mb * 1_000_000)
             if prompts.cache_mb
@@ -116,7 +118,23 @@ class Trainer:
         if self.algorithm.needs_reference:
             self.policy.keep_reference()
         self.updater = Updater(self.policy, self.algorithm, config)
+        self.writer = BackgroundWriter()
         self._warned = False
+
+    def _require_images(self) -> None:
+        """Raises ConfigError where the model animates images and the prompts bring none."""
+        if not self.policy.takes_image:
+            return
+        prompts = self.config.prompts
+        for key, source, first in (
+            ("train", prompts.train, self.prompts[0]),
+            ("evaluation", prompts.evaluation, next(iter(self.held_out), None)),
+        ):
+            if first is not None and first.image is None:
+                raise ConfigError(
+                    f"prompts.{key}={source} has prompts without images, and {self.config.model.path} animates images: "
+                    "give each an `image`, or draw them first (`dancegrpo make-images`)"
+                )
 
     def fit(self, folder: RunFolder, *, resume: bool = False) -> RunResult:
         """Runs to `config.iterations`, leaving checkpoints, evaluations, samples and the report in the folder."""
@@ -130,7 +148,8 @@ class Trainer:
             settings = config.model_dump(mode="json")
             tracker = open_tracker(config.tracking, folder.path, folder.path.name, settings, first_step=done)
             try:
-                done = self._loop(folder, done, progress, tracker, stopped)
+                with self.writer:
+                    done = self._loop(folder, done, progress, tracker, stopped)
                 status = "finished" if done >= config.iterations else "stopped"
             finally:
                 tracker.finish()
@@ -151,6 +170,7 @@ class Trainer:
             tracker.log(metrics, done)
             progress.iteration(metrics)
             self._warn_of_rounding(metrics, progress)
+            self.writer.check()
             done += 1
             due = done == config.iterations or _due(config.checkpoint.every, done)
             if due or stopped.is_set():
@@ -249,9 +269,8 @@ class Trainer:
             return
         with self._weights():
             shown = self.held_out or [self.prompts[i] for i in range(min(len(self.prompts), config.samples))]
-            if config.samples and not (folder.samples_folder(done) / "grid.png").is_file():
-                self._draw_samples(folder, done, shown[: config.samples])
-                tracker.log_images("samples", [folder.samples_folder(done) / "grid.png"], done)
+            if config.samples and not (folder.samples_folder(done) / SHEET).is_file():
+                self._draw_samples(folder, done, shown[: config.samples], tracker)
             judges = self.judges.for_evaluation()
             if not config.num_prompts or not judges.rewards or folder.evaluation_file(done).is_file():
                 return
@@ -270,16 +289,21 @@ class Trainer:
         progress.evaluation(summary)
         tracker.log({f"evaluation/{column}": mean for column, mean in summary.means.items()}, done)
 
-    def _draw_samples(self, folder: RunFolder, done: int, prompts: list[Prompt]) -> None:
+    def _draw_samples(self, folder: RunFolder, done: int, prompts: list[Prompt], tracker: Tracker) -> None:
+        """Draws now, writes while the run goes on; the tracker hears of them once they are written."""
         config, target, encode = self.config.evaluation, folder.samples_folder(done), self.encoder.encode
-        size = config.batch_size
-        drawn = measure.pictures(self.policy, prompts, seed=config.seed, batch_size=size, encode=encode)
-        frames = [sample[0] for _, media in drawn for sample in media]
-        for number, frame in enumerate(frames):
-            save_image(frame, target / f"{number}.png")
-        save_image(grid(frames, columns=min(6, len(frames))), target / "grid.png")
         labels = [{"text": prompt.text, "task": prompt.metadata.get("task")} for prompt in prompts]
         write_json(folder.path / "samples" / "prompts.json", labels)
+
+        def track() -> None:
+            tracker.log_images("samples", [target / SHEET], done)
+            if (target / MOVING_SHEET).is_file():
+                tracker.log_clips("clips", [target / MOVING_SHEET], done)
+
+        size, fps = config.batch_size, self.config.model.fps
+        drawn = measure.pictures(self.policy, prompts, seed=config.seed, batch_size=size, encode=encode)
+        media = (sample for _, batch in drawn for sample in batch)
+        write_samples(media, target, fps=fps, writer=self.writer, then=track)
 
     def _warn_of_rounding(self, metrics: Mapping[str, Any], progress: Progress) -> None:
         """Says once that sampling and training round differently by more than the clip range bears."""
@@ -293,6 +317,7 @@ class Trainer:
             )
 
     def _save(self, folder: RunFolder, done: int) -> None:
+        self.writer.flush()  # a run that goes on from here does not draw again what was drawn before
         seconds = time.perf_counter() - self._epoch
         state = {"num_updates": self.updater.num_updates, "algorithm": self.algorithm.state_dict(), "seconds": seconds}
         save(folder.path, Checkpoint(done, self.updater.state_dict(), state), self.config.checkpoint.keep)

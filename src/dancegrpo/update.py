@@ -14,7 +14,7 @@ from dancegrpo.algorithms.base import Advantage, Algorithm, Pairs
 from dancegrpo.config import RunConfig
 from dancegrpo.errors import ModelError
 from dancegrpo.policies.base import Policy
-from dancegrpo.sampling import Trajectory
+from dancegrpo.sampling import Trajectory, fetch
 
 REPLAY_LIMIT = 0.05
 """Largest believable |log-prob of the training forward - log-prob of the rollout|, per latent element. Rounding stays
@@ -136,17 +136,21 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.policy.device)
         for sample, slot in self._micro_batches(part, trajectory):
-            pairs = gather(trajectory, advantage, sample, slot, old_log_prob)
-            loss, told = self.algorithm.loss(self.policy, pairs)
-            loss = loss.sum() * part.scale
-            loss.backward()
-            total += loss.detach()
+            loss, told = self._backward(gather(trajectory, advantage, sample, slot, old_log_prob), part.scale)
+            total += loss
             for name, value in told.items():
                 statistics[name].append(value)
             if old_log_prob is None:
                 statistics["first"].append(told["ratio"])
                 statistics["replay"].append((told["log_prob"] - trajectory.log_prob[sample, slot]).abs())
         return total
+
+    def _backward(self, pairs: Pairs, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds one micro-batch's gradients; returns its share of the loss and its statistics, no graph with them."""
+        loss, told = self.algorithm.loss(self.policy, pairs)
+        loss = loss.sum() * scale
+        loss.backward()
+        return loss.detach(), told
 
     def _micro_batches(self, part: Part, trajectory: Trajectory) -> Iterator[tuple[Tensor, Tensor]]:
         yield from part.micro_batches(self.config.update.micro_batch_size, self.policy.bucket(trajectory.step.cpu()))
@@ -248,11 +252,12 @@ class Updater:
 
 def gather(trajectory: Trajectory, advantage: Advantage, sample: Tensor, slot: Tensor, old: Tensor | None) -> Pairs:
     """The rows (sample, slot) of a trajectory as one micro-batch."""
-    device = trajectory.x_t.device
+    device = trajectory.log_prob.device
+    x_t, x_next = (fetch(latents, sample, slot, device) for latents in (trajectory.x_t, trajectory.x_next))
     sample, slot, value = sample.to(device), slot.to(device), advantage.value.to(device)
     return Pairs(
-        x_t=trajectory.x_t[sample, slot],
-        x_next=trajectory.x_next[sample, slot],
+        x_t=x_t,
+        x_next=x_next,
         step=trajectory.step[sample, slot],
         noise_level=trajectory.noise_level[sample, slot],
         advantage=value[sample],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,10 @@ class Policy(ABC):
     @abstractmethod
     def condition_id(self) -> str:
         """Names everything but the prompt that `encode` depends on: text encoders, tokenizers, dtype, settings."""
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """Around several calls of `encode`: what it needs is brought to the device once, not for each call."""
+        return nullcontext()
 
     @abstractmethod
     def encode(self, prompts: Sequence[Prompt]) -> Condition:

@@ -110,16 +110,16 @@ class CachedEncoder:
         if cache is None:
             return self.policy.encode(prompts)
         keys = [ConditionCache.key(self.policy.condition_id, prompt) for prompt in prompts]
-        known: dict[str, Condition] = {}
-        for key, prompt in zip(keys, prompts, strict=True):
-            if key not in known:
-                known[key] = self._one(cache, key, prompt)
+        known = {key: cache.get(key) for key in keys}
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if known[key] is None}
+        if missing:
+            with self.policy.encoding():
+                known |= {key: self._encoded(cache, key, prompt) for key, prompt in missing.items()}
+        found = [condition.to(self.policy.device) for condition in known.values() if condition is not None]
         rows = {key: row for row, key in enumerate(known)}
-        return Condition.cat(list(known.values()))[[rows[key] for key in keys]]
+        return Condition.cat(found)[[rows[key] for key in keys]]
 
-    def _one(self, cache: ConditionCache, key: str, prompt: Prompt) -> Condition:
-        condition = cache.get(key)
-        if condition is None:
-            condition = self.policy.encode([prompt])
-            cache.put(key, condition)
-        return condition.to(self.policy.device)
+    def _encoded(self, cache: ConditionCache, key: str, prompt: Prompt) -> Condition:
+        condition = self.policy.encode([prompt])
+        cache.put(key, condition)
+        return condition

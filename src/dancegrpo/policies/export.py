@@ -35,6 +35,10 @@ class Usage:
     """What follows the class's name to make one: `(shift=3.0)`."""
     arguments: Mapping[str, object]
     """Keyword arguments of the pipeline call: plain values."""
+    absent: tuple[str, ...] = ()
+    """Parts that a whole pipeline does without, which `from_pretrained` must be told."""
+    setup: tuple[str, ...] = ()
+    """Further lines of Python that prepare `pipe`, after its weights and scheduler."""
 
 
 def card_text(card: ModelCard, task: Task, usage: Usage, *, lora: bool) -> str:
@@ -77,12 +81,15 @@ def _example(card: ModelCard, task: Task, usage: Usage, *, shipped: bool, lora: 
     if lora:
         base = f'base_path("{card.base_model}")' if shipped else f'"{card.base_model}"'
         lines = ["from dancegrpo.shapes import base_path"] * shipped + lines
-        lines += ["", f"pipe = DiffusionPipeline.from_pretrained({base})"]
+        without = "".join(f", {part}=None" for part in usage.absent)
+        lines += ["", f"pipe = DiffusionPipeline.from_pretrained({base}{without})"]
         lines += ['pipe.load_lora_weights("path/to/this/folder")']
     else:
-        lines += ["", 'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")']
+        without = "".join(f", {part}=None" for part in usage.absent)
+        lines += ["", f'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{without})']
     if usage.scheduler:
         lines += [f"pipe.scheduler = {usage.scheduler}{usage.construct}"]
+    lines += usage.setup
     arguments = ", ".join(f"{name}={value!r}" for name, value in usage.arguments.items())
     if task == "text-to-image":
         return [*lines, f'image = pipe(prompt="a prompt", {arguments}).images[0]']

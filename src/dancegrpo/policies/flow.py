@@ -78,3 +78,11 @@ class FlowPolicy(PipelinePolicy):
         scheduler = ("", "") if own else ("FlowMatchEulerDiscreteScheduler", f"(shift={self._shift})")
         size = {"height": model.height, "width": model.width, "num_inference_steps": self.dynamics.num_steps}
         return Usage(*scheduler, size | self._arguments())
+
+
+def resolution_mu(num_tokens: int, scheduler: Any) -> float:
+    """The exponent of the time shift for a picture of num_tokens patches: linear, by the scheduler's config."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    return calculate_shift(num_tokens, *(scheduler.config[name] for name in names))

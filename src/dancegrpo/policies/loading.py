@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "StableDiffusionPipeline": ("dancegrpo.policies.stable_diffusion", "StableDiffusionPolicy"),
+    "StableDiffusionXLPipeline": ("dancegrpo.policies.stable_diffusion", "StableDiffusionXLPolicy"),
+    "StableDiffusion3Pipeline": ("dancegrpo.policies.stable_diffusion_3", "StableDiffusion3Policy"),
     "FluxPipeline": ("dancegrpo.policies.flux", "FluxPolicy"),
+    "QwenImagePipeline": ("dancegrpo.policies.qwen_image", "QwenImagePolicy"),
+    "HunyuanVideoPipeline": ("dancegrpo.policies.hunyuan_video", "HunyuanVideoPolicy"),
+    "HunyuanVideoImageToVideoPipeline": ("dancegrpo.policies.hunyuan_video", "HunyuanVideoImageToVideoPolicy"),
+    "HunyuanSkyreelsImageToVideoPipeline": ("dancegrpo.policies.skyreels", "SkyreelsPolicy"),
     "WanPipeline": ("dancegrpo.policies.wan", "WanPolicy"),
     "WanImageToVideoPipeline": ("dancegrpo.policies.wan", "WanImagePolicy"),
 }
@@ -55,6 +61,8 @@ def load_smallest(model: ModelConfig, rollout: RolloutConfig, keep: Collection[s
             try:
                 return family(pipeline, folder, model.model_copy(update=chosen), rollout)
             except ConfigError as error:
+                if not next(getattr(pipeline, family.denoisers[0]).parameters()).requires_grad:
+                    raise  # frozen already: it was not the size
                 refused = error
             if "num_frames" in keep:
                 break
@@ -167,7 +175,11 @@ def _load(name: str, folder: Path, model: ModelConfig, family: Any) -> Any:
     dtype = getattr(torch, model.dtype)
     dtypes = {"default": dtype, **dict.fromkeys(family.denoisers, dtype if model.lora else torch.float32)}
     dtypes["vae"] = dtype if model.dtype in family.vae_dtypes else torch.float32
-    options = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
+    # Parts that the index leaves out (SD3 without T5) must be named, or diffusers asks for them.
+    index = _read_index(folder / "model_index.json")
+    options: dict[str, Any] = {part: None for part, entry in index.items() if entry == [None, None]}
+    if name == "StableDiffusionPipeline":
+        options |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         with _no_progress_bars():
             pipeline = getattr(diffusers, name).from_pretrained(folder, dtype=dtypes, local_files_only=True, **options)

@@ -49,7 +49,7 @@ class PipelinePolicy(Policy):
     """
 
     denoisers: ClassVar[tuple[str, ...]]
-    """The pipeline's names for the networks that are trained; of several, any but one may be absent from a checkpoint."""
+    """The pipeline's names for the networks that are trained; of several, a checkpoint may lack all but one."""
     components: ClassVar[tuple[str, ...]]
     """The parts with weights that must be there, the first denoiser included."""
     text_parts: ClassVar[tuple[str, ...]]
@@ -212,6 +212,10 @@ class PipelinePolicy(Policy):
     def _encode_settings(self) -> tuple[object, ...]:
         return self.model.dtype, self.model.max_sequence_length
 
+    def encoding(self) -> AbstractContextManager[None]:
+        """See `Policy.encoding`."""
+        return self._awake(*self.encoders, *["vae"] * self.takes_image)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
         """See `Policy.encode`."""
@@ -220,7 +224,7 @@ class PipelinePolicy(Policy):
         keys = [prompt.request() for prompt in prompts]
         unique = dict(zip(keys, prompts, strict=True))
         rows = {request: row for row, request in enumerate(unique)}
-        with self._awake(*self.encoders, *["vae"] * self.takes_image):
+        with self.encoding():
             condition = Condition.cat([self._encode(prompt) for prompt in unique.values()])
         return condition[[rows[request] for request in keys]]
 
@@ -250,7 +254,7 @@ class PipelinePolicy(Policy):
 
     def pipeline_arguments(self, prompts: Sequence[Prompt], noise: Tensor) -> dict[str, Any]:
         """The pipeline call that draws `prompts` from `noise` (B, *S): the card's example, and where it starts."""
-        arguments: dict[str, Any] = {"prompt": [prompt.text for prompt in prompts], "latents": noise}
+        arguments = dict(self._usage().arguments) | {"prompt": [prompt.text for prompt in prompts], "latents": noise}
         if self.guided:
             arguments["negative_prompt"] = [prompt.negative for prompt in prompts]
         if self.takes_image:
@@ -258,7 +262,11 @@ class PipelinePolicy(Policy):
 
             images = [reference_image(prompt) for prompt in prompts]
             arguments["image"] = images[0] if len(images) == 1 else images
-        return arguments | dict(self._usage().arguments)
+        return arguments
+
+    def pipeline_state(self, latents: Tensor) -> Tensor:
+        """The policy's state (B, *S) in the latents that the pipeline's scheduler steps on: what is not given."""
+        return latents
 
     @torch.no_grad()
     def run_pipeline(self, prompts: Sequence[Prompt], noise: Tensor, scheduler: Any) -> Tensor:
@@ -276,7 +284,7 @@ class PipelinePolicy(Policy):
         return (media if media.ndim == 5 else media.unsqueeze(1)).float()
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """See `Policy.trainable`: all weights of the denoiser, or its adapters'. Several denoisers name theirs apart."""
+        """See `Policy.trainable`: all weights of the denoiser, or its adapters'; several denoisers prefix theirs."""
         # Not by requires_grad: peft clears it while the adapters are off.
         full, several = self.model.lora is None, len(self.modules) > 1
         return {
@@ -346,6 +354,10 @@ class PipelinePolicy(Policy):
 
         write_atomically(folder, write)
 
+    def load_adapters(self, folder: Path) -> None:
+        """Exported LoRA weights into the bare pipeline, as the model card says, by diffusers alone."""
+        self.pipeline.load_lora_weights(folder)
+
     def _save_adapters(self, folder: Path) -> None:
         from peft import get_peft_model_state_dict
 
@@ -357,9 +369,9 @@ class PipelinePolicy(Policy):
                 n: (w * scale if "lora_B" in n else w).detach().contiguous()
                 for n, w in get_peft_model_state_dict(module).items()
             }
-            # diffusers reads one network's adapters from a file, under the first network's name: a folder for each.
-            place = folder if name == self.denoisers[0] else folder / name
-            self.pipeline.save_lora_weights(place, **{f"{self.denoisers[0]}_lora_layers": layers})
+            # diffusers reads one network's adapters from a file, under the first network's name: a file for each.
+            file = None if name == self.denoisers[0] else f"{name}_lora_weights.safetensors"
+            self.pipeline.save_lora_weights(folder, weight_name=file, **{f"{self.denoisers[0]}_lora_layers": layers})
 
 
 def _forget_paths(folder: Path) -> None:

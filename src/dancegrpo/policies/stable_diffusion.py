@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -76,7 +76,9 @@ class StableDiffusionPolicy(PipelinePolicy):
         from diffusers import DDIMScheduler
 
         if "sigma_data" in self.pipeline.scheduler.config:
-            raise ModelError(f"the UNet of {self.folder} is preconditioned (EDM), DDIM cannot sample it: use another base.")
+            raise ModelError(
+                f"the UNet of {self.folder} is preconditioned (EDM), DDIM cannot sample it: use another base."
+            )
         # Latents have no bounds to be clipped to; DDIM's default would clip them where the shipped config is silent.
         return DDIMScheduler.from_config(self.pipeline.scheduler.config, clip_sample=False, thresholding=False)
 
@@ -129,7 +131,7 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     The sizes that the UNet is told (original, crop, target) are the pipeline's defaults: the run's own size, uncropped.
     A prompt without a negative one is guided by zeros where the checkpoint says so (`force_zeros_for_empty_prompt`),
-    as in the pipeline. Judges see pictures without the invisible watermark that the pipeline can add.
+    as in the pipeline. The invisible watermark that the pipeline can add is left off: no judge should see it.
     """
 
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -139,6 +141,7 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
         super()._check(model, rollout)
         if self.pipeline.vae.config.latents_mean is not None:
             raise ModelError(f"the latents of {self.folder} are normalised by mean and std: use an SDXL base.")
+        self.pipeline.watermark = None
         sizes = [model.height, model.width, 0, 0, model.height, model.width]
         self._time_ids = torch.tensor([sizes], dtype=torch.float32, device=self.device)
 
@@ -166,6 +169,13 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
         if self.guided:
             tensors |= {"negative_encoder_hidden_states": negative, "negative_text_embeds": negative_pooled}
         return Condition(tensors)
+
+    def pipeline_arguments(self, prompts: Sequence[Prompt], noise: Tensor) -> dict[str, Any]:
+        """See `PipelinePolicy.pipeline_arguments`; an empty negative prompt is none."""
+        arguments = super().pipeline_arguments(prompts, noise)
+        if not any(arguments.get("negative_prompt", ())):
+            arguments.pop("negative_prompt", None)
+        return arguments
 
     def _told(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         text = tensors["encoder_hidden_states"]

@@ -26,6 +26,7 @@ from dancegrpo.report.findings import findings
 from dancegrpo.report.folder import RunFolder, read_run
 from dancegrpo.report.heldout import HeldOut, change, column_rows, interval, moment, read_held_out, task_rows, verdict
 from dancegrpo.report.pictures import gallery
+from dancegrpo.report.strips import GAP
 
 FILE_NAME = "report.html"
 
@@ -76,6 +77,7 @@ def render(run: RunFolder) -> str:
         tasks=task_rows(held_out) if held_out else [],
         columns=column_rows(run, held_out) if held_out else [],
         gallery=pictures,
+        gap=GAP,
         findings=findings(run, held_out),
         sections=sections,
         phases=phase_shares(run),

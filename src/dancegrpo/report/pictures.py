@@ -1,4 +1,4 @@
-"""Fixed-seed pictures of a run, embedded in the page."""
+"""Fixed-seed pictures and clips of a run, embedded in the page."""
 
 from __future__ import annotations
 
@@ -9,23 +9,51 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from dancegrpo.errors import MediaError
+from dancegrpo.media import read_media
 from dancegrpo.report.folder import RunFolder
+from dancegrpo.report.strips import GAP, film_strip
 
 LARGEST_SIDE = 512
 """Pixels; larger pictures are embedded at this size, as JPEG."""
+MOVING = (".webp", ".mp4")
 PIXELATED_BELOW = 160
 """Pixels; smaller pictures are shown enlarged with hard edges."""
 BUDGET_BYTES = 6_000_000
-"""Pictures between first and last are embedded too while all of them together stay below this."""
+"""Pictures between first and last are embedded too while all of them together stay below this. The first and last
+clips together stay below it whatever they show."""
+CLIP_BYTES = 250_000
+"""The most that one clip takes."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One embedded picture, or a clip: then its frames in rows of `columns`, each of width x height pixels, GAP apart.
+
+    source: a data URI. fps: frames per second as shown.
+    """
+
+    source: str
+    width: int
+    height: int
+    frames: int = 1
+    columns: int = 1
+    fps: float = 1.0
+
+    @property
+    def sheet(self) -> tuple[int, int]:
+        """Width and height of all frames together, in pixels."""
+        rows = -(-self.frames // self.columns)
+        return self.columns * (self.width + GAP) - GAP, rows * (self.height + GAP) - GAP
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt's pictures: `frames` are data URIs (None = missing), one per shown iteration."""
+    """One prompt's pictures or clips (None = missing), one per shown iteration."""
 
     text: str
     task: str | None
-    frames: list[str | None]
+    frames: list[Picture | None]
     width: int
     height: int
 
@@ -42,6 +70,11 @@ class Gallery:
     iterations: list[int]
     pairs: list[Pair]
 
+    @property
+    def clip(self) -> Picture | None:
+        """The first one that moves, if any does."""
+        return next((frame for pair in self.pairs for frame in pair.frames if frame and frame.frames > 1), None)
+
 
 def gallery(run: RunFolder) -> Gallery | None:
     """First and last pictures of every prompt, and those between where they are small; None without pictures."""
@@ -49,33 +82,54 @@ def gallery(run: RunFolder) -> Gallery | None:
     if not shown:
         return None
     iterations = sorted(shown)
-    size = sum(file.stat().st_size for files in shown.values() for file in files.values())
+    size = sum(_cost(file) for files in shown.values() for file in files.values())
     if size > BUDGET_BYTES:
         iterations = sorted({iterations[0], iterations[-1]})
     indices = sorted({index for number in iterations for index in shown[number]})
-    pairs = [pair for index in indices if (pair := _pair(run, index, [shown[n].get(index) for n in iterations]))]
+    limit = min(CLIP_BYTES, BUDGET_BYTES // (2 * max(1, len(indices))))
+    pairs = [pair for i in indices if (pair := _pair(run, i, [shown[n].get(i) for n in iterations], limit))]
     return Gallery(iterations, pairs) if pairs else None
 
 
 def _files(folder: Path) -> dict[int, Path]:
     if not folder.is_dir():
         return {}
-    return {int(file.stem): file for file in folder.glob("*.png") if file.stem.isdigit()}
+    found = [file for suffix in (".png", *MOVING) for file in folder.glob(f"*{suffix}")]
+    return {int(file.stem): file for file in found if file.stem.isdigit()}
 
 
-def _pair(run: RunFolder, index: int, files: list[Path | None]) -> Pair | None:
-    embedded = [_embed(file) if file else None for file in files]
-    sizes = [found[1] for found in embedded if found]
-    if not sizes:
+def _cost(file: Path) -> int:
+    """About the bytes it takes in the page; an mp4 is small on disk for what its frames will take."""
+    size = file.stat().st_size
+    return size if file.suffix == ".png" else min(size, CLIP_BYTES) if file.suffix == ".webp" else CLIP_BYTES
+
+
+def _pair(run: RunFolder, index: int, files: list[Path | None], limit: int) -> Pair | None:
+    fps = float(run.setting("model.fps", 8))
+    embedded = [
+        None if file is None else _embed_clip(file, fps, limit) if file.suffix in MOVING else _embed(file)
+        for file in files
+    ]
+    shown = [found for found in embedded if found]
+    if not shown:
         return None
     prompt = run.prompts[index] if index < len(run.prompts) else {}
     text = str(prompt.get("text") or f"sample {index}")
-    width, height = sizes[-1]
-    return Pair(text, prompt.get("task"), [found[0] if found else None for found in embedded], width, height)
+    return Pair(text, prompt.get("task"), embedded, shown[-1].width, shown[-1].height)
 
 
-def _embed(file: Path) -> tuple[str, tuple[int, int]] | None:
-    """A data URI and the picture's size in pixels; None where the file is torn."""
+def _embed_clip(file: Path, fps: float, limit: int) -> Picture | None:
+    """A clip as a strip of at most `limit` bytes; None where the file is torn."""
+    try:
+        strip = film_strip(read_media(file), limit)
+    except MediaError:
+        return None
+    source = f"data:image/webp;base64,{base64.b64encode(strip.data).decode('ascii')}"
+    return Picture(source, strip.width, strip.height, strip.frames, strip.columns, fps / strip.stride)
+
+
+def _embed(file: Path) -> Picture | None:
+    """The picture, with its size in pixels on disk; None where the file is torn."""
     try:
         data = file.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
@@ -85,7 +139,7 @@ def _embed(file: Path) -> tuple[str, tuple[int, int]] | None:
                 kind, data = "jpeg", _reduced(image)
     except (OSError, UnidentifiedImageError, SyntaxError):
         return None
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}", size
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}", *size)
 
 
 def _reduced(image: Image.Image) -> bytes:

@@ -72,6 +72,11 @@ CATALOG: dict[str, Entry] = {
         "pictures",
         "how well a picture compresses as JPEG, in kilobytes",
     ),
+    "motion": Entry(
+        "dancegrpo.rewards.motion:MotionReward",
+        "either",
+        "whether a clip of the moving-shapes world looks, moves and means what it should, by rules",
+    ),
     "ocr": Entry(
         "dancegrpo.rewards.ocr:OCRReward",
         "pictures",

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from dancegrpo.config import RewardConfig
+from dancegrpo.dotted import import_dotted, nearest
 from dancegrpo.errors import DanceError, RewardError
 from dancegrpo.rewards.base import FunctionReward, Reward, describe
 from dancegrpo.rewards.catalog import CATALOG
@@ -75,26 +72,11 @@ def _load(name: str, config: RewardConfig) -> Reward:
 
 def _resolve(judge: str) -> Any:
     if ":" not in judge and judge not in CATALOG:
-        hint = _nearest(judge, CATALOG)
+        hint = nearest(judge, CATALOG)
         names = _list(sorted(CATALOG))
         raise RewardError(f"judge {judge!r} is unknown{hint}: use {names}, or package.module:function.")
     path = CATALOG[judge].target if judge in CATALOG else judge
-    module_name, _, attribute = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        # Last, so that a user's file next to the recipe is found but can never hide an installed module.
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise RewardError(f"judge {judge!r} cannot be imported: {describe(error)}.") from error
-    target = module
-    for part in attribute.split("."):
-        if not hasattr(target, part):
-            hint = _nearest(part, vars(target)) if hasattr(target, "__dict__") else ""
-            raise RewardError(f"judge {judge!r}: {module_name} has no {part!r}{hint}; write package.module:function.")
-        target = getattr(target, part)
-    return target
+    return import_dotted(path, f"judge {judge!r}", RewardError)
 
 
 def _build(judge: str, cls: type, options: Mapping[str, Any]) -> Any:
@@ -117,11 +99,6 @@ def _check_options(judge: str, target: Callable[..., Any], args: tuple[Any, ...]
     except TypeError as error:
         known = _list(list(signature.parameters)[len(args) :]) or "none"
         raise RewardError(f"judge {judge!r}: {error}; its options are: {known}.") from error
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _list(words: Iterable[str]) -> str:

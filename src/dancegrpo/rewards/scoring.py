@@ -66,6 +66,7 @@ class Scoring:
         if self._arrived != len(self.prompts):
             raise ValueError(f"{self._arrived} samples came with {len(self.prompts)} prompts: give one each.")
         self._advance(last=True)
+        self._pieces.clear()  # whoever still holds this while training must not hold the media with it
         return {
             name: Scores.cat([part if isinstance(part, Scores) else part.result() for part in parts])
             for name, parts in self._parts.items()

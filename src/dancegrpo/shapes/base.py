@@ -83,8 +83,8 @@ def t5_tokenizer(words: Iterable[str]) -> T5TokenizerFast:
 # --------------------------------------------------------------------------------------------------------------- models
 
 
-def clip_text_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Untrained, two causal layers, 16 positions."""
+def clip_text_model(tokenizer: CLIPTokenizer, positions: int = TEXT_TOKENS) -> CLIPTextModel:
+    """Untrained, two causal layers."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -95,7 +95,7 @@ def clip_text_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             intermediate_size=2 * _TEXT_WIDTH,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=TEXT_TOKENS,
+            max_position_embeddings=positions,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,  # the pooled output is read at this token
             pad_token_id=tokenizer.pad_token_id,

@@ -1,8 +1,9 @@
-"""Rebuild both base pipelines from nothing: `python -m dancegrpo.shapes.build --out DIR`.
+"""Rebuild the base pipelines from nothing: `python -m dancegrpo.shapes.build --out DIR`.
 
-Draws captioned pictures, trains the autoencoder, then both denoisers side by side, one core each. The pipelines are
-imperfect because they were trained briefly, on true captions. shapes-flux has a second stage, guidance distillation, as
-FLUX.1-dev had. Everything is seeded. Expect 40 minutes or more on two cores.
+Draws captioned pictures, trains the autoencoder, then both denoisers of pictures side by side, one core each; then the
+same for clips. The pipelines are imperfect because they were trained briefly, on true captions. shapes-flux has a
+second stage, guidance distillation, as FLUX.1-dev had. Everything is seeded. Expect 40 minutes for the pictures and an
+hour for the clips on two cores.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from dancegrpo.errors import DanceError
-from dancegrpo.files import write_atomically
 from dancegrpo.shapes import PIPELINES
 from dancegrpo.shapes.base import autoencoder, flux_pipeline, sd_pipeline
+from dancegrpo.shapes.files import log_line, run_side_by_side, save_pipeline, size_in_millions
 from dancegrpo.shapes.training import (
     LEARNING_RATE,
     Progress,
     deployment,
     draw_many,
+    drawings_reading,
     encode_all,
     normalise,
     pass_rates,
@@ -35,6 +37,7 @@ from dancegrpo.shapes.training import (
     train_sd,
     train_text,
 )
+from dancegrpo.shapes.video_build import VIDEO_PIPELINES, VideoSettings, build_videos
 
 LOOK_SEED = 4321
 """Of the noise of the looks on the way; `pass_rates` states results on other noise."""
@@ -60,6 +63,32 @@ class Settings:
     sd_batch: int = 64
     look_every: int = 500
     prompts: int = 300
+    clips: int = VideoSettings.clips
+    stills: int = VideoSettings.stills
+    video_vae_steps: int = VideoSettings.vae_steps
+    video_steps: int = VideoSettings.video_steps
+    i2v_steps: int = VideoSettings.i2v_steps
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Those of `only` that make pictures."""
+        return tuple(name for name in self.only if name not in VIDEO_PIPELINES)
+
+    @property
+    def filmed(self) -> VideoSettings:
+        """The settings of those that make clips."""
+        return VideoSettings(
+            out=self.out,
+            only=tuple(name for name in self.only if name in VIDEO_PIPELINES),
+            seed=self.seed,
+            clips=self.clips,
+            stills=self.stills,
+            vae_steps=self.video_vae_steps,
+            text_steps=self.text_steps,
+            video_steps=self.video_steps,
+            i2v_steps=self.i2v_steps,
+            look_every=2 * self.look_every,
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,10 +108,18 @@ def _refuse(line: str) -> int:
 
 
 def build(settings: Settings) -> None:
-    """Train all that is asked for and write `out/shapes-flux` and `out/shapes-sd`, each replaced in one move."""
+    """Train all that is asked for and write a folder of each under `out`, replaced in one move."""
     settings.out.mkdir(parents=True, exist_ok=True)
+    if settings.drawn:
+        build_drawn(settings)
+    if settings.filmed.only:
+        build_videos(settings.filmed)
+
+
+def build_drawn(settings: Settings) -> None:
+    """Train the pipelines that make pictures."""
     torch.manual_seed(settings.seed)
-    _log("vae", f"drawing {settings.drawings} scenes")
+    log_line("vae", f"drawing {settings.drawings} scenes")
     data = draw_many(settings.drawings, settings.seed)
     vae = autoencoder().to(memory_format=torch.channels_last)
     train_autoencoder(
@@ -91,23 +128,13 @@ def build(settings: Settings) -> None:
         steps=settings.vae_steps,
         batch=settings.vae_batch,
         seed=settings.seed,
-        log=lambda line: _log("vae", line),
+        log=lambda line: log_line("vae", line),
     )
     latents = encode_all(vae, data)
     weights = {name: value.contiguous() for name, value in vae.state_dict().items()}
-    jobs = [(name, settings, weights, latents, data.captions) for name in settings.only]
-    if len(jobs) == 1:
-        train_pipeline(*jobs[0])
-        return
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=train_pipeline, args=job) for job in jobs]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    failed = [job[0] for job, process in zip(jobs, processes, strict=True) if process.exitcode != 0]
-    if failed:
-        raise SystemExit(f"training of {', '.join(failed)} failed: see above.")
+    run_side_by_side(
+        train_pipeline, {name: (name, settings, weights, latents, data.captions) for name in settings.drawn}
+    )
 
 
 def train_pipeline(
@@ -124,13 +151,13 @@ def train_pipeline(
     for suffix in ("", "_2"):
         if hasattr(pipeline, f"text_encoder{suffix}"):
             tokenizer, encoder = getattr(pipeline, f"tokenizer{suffix}"), getattr(pipeline, f"text_encoder{suffix}")
-            accuracy = train_text(tokenizer, encoder, steps=settings.text_steps, seed=settings.seed)
-            _log(name, f"text_encoder{suffix} reads {accuracy:.3f} of the attributes")
+            accuracy = train_text(tokenizer, encoder, drawings_reading(), steps=settings.text_steps, seed=settings.seed)
+            log_line(name, f"text_encoder{suffix} reads {accuracy:.3f} of the attributes")
     for progress in _stages(name, pipeline, latents, captions, settings):
         _watch(name, pipeline, progress, settings)
     rates = pass_rates(pipeline, 1200)
-    _log(name, _table(rates))
-    save(pipeline, settings.out / name, card(name, pipeline, rates, settings))
+    log_line(name, _table(rates))
+    save_pipeline(pipeline, settings.out / name, card(name, pipeline, rates, settings))
 
 
 def _stages(
@@ -158,17 +185,9 @@ def _watch(name: str, pipeline: Any, stage: Iterator[Progress], settings: Settin
             state.average.swap()
             rates = pass_rates(pipeline, settings.prompts, LOOK_SEED)
             state.average.swap()
-            _log(name, f"step {state.step} loss {state.loss:.4f} {time.monotonic() - started:.0f} s {_table(rates)}")
-
-
-def save(pipeline: Any, folder: Path, readme: str) -> None:
-    """Write a pipeline folder beside its place, then move it there, so that no reader meets half of one."""
-
-    def write(partial: Path) -> None:
-        pipeline.save_pretrained(partial, safe_serialization=True)
-        (partial / "README.md").write_text(readme, encoding="utf-8")
-
-    write_atomically(folder, write)
+            log_line(
+                name, f"step {state.step} loss {state.loss:.4f} {time.monotonic() - started:.0f} s {_table(rates)}"
+            )
 
 
 def card(name: str, pipeline: Any, rates: dict[str, float], settings: Settings) -> str:
@@ -176,8 +195,7 @@ def card(name: str, pipeline: Any, rates: dict[str, float], settings: Settings) 
     arguments = {"height": 64, "width": 64} | deployment(pipeline)
     call = ", ".join(f"{key}={value}" for key, value in arguments.items())
     rows = "\n".join(f"| {task} | {rate:.3f} |" for task, rate in rates.items())
-    modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
-    size = sum(p.numel() for module in modules for p in module.parameters())
+    size = size_in_millions(pipeline)
     return f"""---
 license: apache-2.0
 library_name: diffusers
@@ -185,7 +203,7 @@ pipeline_tag: text-to-image
 ---
 # {name}
 
-A miniature `{type(pipeline).__name__}` ({size / 1e6:.2f} M parameters in all) that draws circles, squares and triangles
+A miniature `{type(pipeline).__name__}` ({size:.2f} M parameters in all) that draws circles, squares and triangles
 on 64x64 pixels: a base model for reinforcement learning that trains on a laptop. It is imperfect on purpose: its
 training on true captions stopped early.
 
@@ -219,10 +237,6 @@ def _table(rates: dict[str, float]) -> str:
     return " ".join(f"{task}={rate:.3f}" for task, rate in rates.items())
 
 
-def _log(who: str, line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {who}: {line}", flush=True)
-
-
 def _parse(arguments: Sequence[str] | None) -> Settings:
     parser = argparse.ArgumentParser(
         prog="python -m dancegrpo.shapes.build",
@@ -243,6 +257,13 @@ def _parse(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument("--sd-batch", type=int, default=Settings.sd_batch, help="latents per shapes-sd update")
     parser.add_argument("--look-every", type=int, default=Settings.look_every, help="updates between two looks")
     parser.add_argument("--prompts", type=int, default=Settings.prompts, help="held-out prompts per look")
+    parser.add_argument("--clips", type=int, default=Settings.clips, help="captioned clips to draw")
+    parser.add_argument("--stills", type=int, default=Settings.stills, help="captioned stills to draw")
+    parser.add_argument(
+        "--video-vae-steps", type=int, default=Settings.video_vae_steps, help="video autoencoder updates"
+    )
+    parser.add_argument("--video-steps", type=int, default=Settings.video_steps, help="shapes-video updates")
+    parser.add_argument("--i2v-steps", type=int, default=Settings.i2v_steps, help="shapes-i2v updates")
     chosen = vars(parser.parse_args(arguments))
     for name, value in chosen.items():
         if isinstance(value, int) and name != "seed" and value < 1:

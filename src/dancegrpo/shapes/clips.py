@@ -220,7 +220,7 @@ def _as_prompts(scenes: Sequence[ClipScene], negative: str) -> PromptSource:
 
 
 def _shuffled(scenes: Sequence[ClipScene], n: int | None) -> list[ClipScene]:
-    rng, order = np.random.default_rng(0), []
+    rng, order = np.random.default_rng(0), list[ClipScene]()
     while len(order) < (len(scenes) if n is None else n):
         order += [scenes[i] for i in rng.permutation(len(scenes))]
     return order[:n]
@@ -245,7 +245,7 @@ class FirstFramePrompts(PromptSource):
         """Place the object and draw the picture, from the index alone."""
         self.check_index(index)
         scene = place(self._scenes[index], np.random.default_rng((self._stream, index)))
-        return Prompt(index, scene.caption, self._negative, first_frame(scene), scene.to_metadata())  # type: ignore[arg-type]
+        return Prompt(index, scene.caption, self._negative, first_frame(scene), scene.to_metadata())
 
 
 def i2v_prompts(split: Split, n: int | None = None, negative: str = "") -> PromptSource:

@@ -195,29 +195,45 @@ def _number(names: Iterable[str], name: str | None) -> int:
     return 0 if name is None else list(names).index(name) + 1
 
 
-def train_text(tokenizer: Any, encoder: Any, *, steps: int, seed: int) -> float:
+@dataclass(frozen=True)
+class Reading:
+    """What a text encoder must learn to read: captions, and of each the class number of every attribute.
+
+    targets: (N, A) int64. sizes: number of classes of each of the A attributes.
+    """
+
+    captions: tuple[str, ...]
+    targets: Tensor
+    sizes: tuple[int, ...]
+
+
+def drawings_reading() -> Reading:
+    """All captions of the drawings."""
+    scenes = all_scenes()
+    captions = tuple(scene.caption for scene in scenes)
+    return Reading(captions, torch.tensor([attributes(scene) for scene in scenes]), _ATTRIBUTE_SIZES)
+
+
+def train_text(tokenizer: Any, encoder: Any, reading: Reading, *, steps: int, seed: int) -> float:
     """Teach an encoder to read: linear heads on its tokens must recover every attribute. Returns their accuracy.
 
     Real pipelines, too, come with encoders that were trained on other tasks before; without this, minutes of training
     the denoiser go by before it notices the words. A causal encoder answers where the whole caption has been seen:
-    at the end token and the padding behind it; T5 wherever there is text.
+    CLIP at the end token and the padding behind it, Llama at the last word; T5 wherever there is text.
     """
-    scenes, generator = all_scenes(), torch.Generator().manual_seed(seed)
-    ids = _tokens(tokenizer, [scene.caption for scene in scenes])
-    targets = torch.tensor([attributes(scene) for scene in scenes])
-    ended = (ids == tokenizer.eos_token_id).cumsum(dim=1) > 0
-    causal = tokenizer.pad_token_id == tokenizer.eos_token_id
-    answers = ended if causal else ids != tokenizer.pad_token_id
-    heads = nn.Linear(encoder.config.hidden_size, sum(_ATTRIBUTE_SIZES))
+    generator = torch.Generator().manual_seed(seed)
+    ids = text_tokens(tokenizer, list(reading.captions))
+    answers = _answers(tokenizer, encoder, ids)
+    heads = nn.Linear(encoder.config.hidden_size, sum(reading.sizes))
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-3)
     right = 0.0
     for step in range(1, steps + 1):
-        chosen = torch.randint(len(scenes), (96,), generator=generator)
-        tokens = encoder(ids[chosen]).last_hidden_state
+        chosen = torch.randint(len(ids), (96,), generator=generator)
+        tokens = text_states(tokenizer, encoder, ids[chosen])
         row, position = answers[chosen].nonzero(as_tuple=True)
-        logits = heads(tokens[row, position]).split(_ATTRIBUTE_SIZES, dim=-1)
-        wanted = targets[chosen][row].unbind(-1)
+        logits = heads(tokens[row, position]).split(reading.sizes, dim=-1)
+        wanted = reading.targets[chosen][row].unbind(-1)
         loss = torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, wanted, strict=True)]).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -229,6 +245,24 @@ def train_text(tokenizer: Any, encoder: Any, *, steps: int, seed: int) -> float:
         right += (hits.float().mean().item() - right) / min(step, 50)
     encoder.requires_grad_(False).eval()
     return right
+
+
+def text_states(tokenizer: Any, encoder: Any, ids: Tensor) -> Tensor:
+    """The states (N, 16, D) that a denoiser is given: the last ones, or Llama's before its last two layers."""
+    if encoder.config.model_type != "llama":
+        return encoder(ids).last_hidden_state
+    mask = ids != tokenizer.pad_token_id
+    return encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-3]
+
+
+def _answers(tokenizer: Any, encoder: Any, ids: Tensor) -> Tensor:
+    """(N, 16) bool: the positions where an encoder has seen the caption."""
+    text = ids != tokenizer.pad_token_id
+    if encoder.config.model_type == "llama":
+        return text & ~torch.cat([text[:, 1:], text.new_zeros(len(text), 1)], dim=1)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        return (ids == tokenizer.eos_token_id).cumsum(dim=1) > 0
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------------ denoisers
@@ -253,7 +287,7 @@ def train_flux(
     averaged model itself at guidance 1 (guidance distillation, arXiv:2210.03142, with a moving teacher).
     Yields after every step; when exhausted, the pipeline holds the averaged weights.
     """
-    distinct, index_of = _distinct(captions)
+    distinct, index_of = distinct_captions(captions)
     told, empty = _flux_reader(pipeline, [*distinct, ""]), len(distinct)
     shift, scale = pipeline.vae.config.shift_factor, pipeline.vae.config.scaling_factor
     live = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2])
@@ -279,7 +313,7 @@ def train_flux(
                 target[plain:] += (guidance[plain:] - 1)[:, None, None] * (with_text - without)
         return F.mse_loss(told(live, x, sigma, row, guidance), target)
 
-    for progress in _train(live, loss, steps=steps, seed=seed, rate=rate):
+    for progress in train_denoiser(live, loss, steps=steps, seed=seed, rate=rate):
         if taught:
             with torch.no_grad():
                 torch._foreach_copy_(list(teacher.parameters()), progress.average.mean)
@@ -289,7 +323,7 @@ def train_flux(
 
 def _flux_reader(pipeline: FluxPipeline, captions: list[str]) -> Callable[..., Tensor]:
     """`velocity(networks, x, sigma, row, guidance)` at the captions of these rows; networks: transformer, CLIP, T5."""
-    clip_ids, t5_ids = _tokens(pipeline.tokenizer, captions), _tokens(pipeline.tokenizer_2, captions)
+    clip_ids, t5_ids = text_tokens(pipeline.tokenizer, captions), text_tokens(pipeline.tokenizer_2, captions)
     image_ids = pipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)
     text_ids = torch.zeros(TEXT_TOKENS, 3)
 
@@ -312,9 +346,9 @@ def train_sd(
     pipeline: StableDiffusionPipeline, latents: Tensor, captions: Sequence[str], *, steps: int, batch: int, seed: int
 ) -> Iterator[Progress]:
     """Noise prediction (arXiv:2006.11239), a tenth of the captions emptied. Yields as `train_flux`."""
-    distinct, index_of = _distinct(captions)
+    distinct, index_of = distinct_captions(captions)
     with torch.no_grad():
-        words = pipeline.text_encoder(_tokens(pipeline.tokenizer, [*distinct, ""])).last_hidden_state
+        words = pipeline.text_encoder(text_tokens(pipeline.tokenizer, [*distinct, ""])).last_hidden_state
     scale, scheduler = pipeline.vae.config.scaling_factor, pipeline.scheduler
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -326,24 +360,24 @@ def train_sd(
         row = index_of[chosen].where(kept, len(distinct))
         return F.mse_loss(pipeline.unet(scheduler.add_noise(x0, noise, timestep), timestep, words[row]).sample, noise)
 
-    yield from _train(pipeline.unet, loss, steps=steps, seed=seed)
+    yield from train_denoiser(pipeline.unet, loss, steps=steps, seed=seed)
 
 
-def _distinct(captions: Sequence[str]) -> tuple[list[str], Tensor]:
+def distinct_captions(captions: Sequence[str]) -> tuple[list[str], Tensor]:
     """The distinct captions, sorted, and the index into them of every caption."""
     distinct = sorted(set(captions))
     position = {caption: i for i, caption in enumerate(distinct)}
     return distinct, torch.tensor([position[caption] for caption in captions])
 
 
-def _tokens(tokenizer: Any, captions: list[str]) -> Tensor:
+def text_tokens(tokenizer: Any, captions: list[str]) -> Tensor:
     """(N, 16) ids, padded and cut as the pipelines do it."""
     return tokenizer(
         captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
 
 
-def _train(
+def train_denoiser(
     model: nn.Module,
     loss: Callable[[torch.Generator], Tensor],
     *,

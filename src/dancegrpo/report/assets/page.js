@@ -231,6 +231,61 @@
     watch.observe(box);
   }
 
+  // A clip comes as a strip of its frames. One clock moves all of them, so before and after stay in step.
+  class Clip {
+    constructor(strip) {
+      for (const name of ["frames", "columns", "width", "height", "gap", "fps"]) this[name] = Number(strip.dataset[name]);
+      Object.assign(this, { strip, shown: null });
+      const canvas = document.createElement("canvas");
+      canvas.width = this.width;
+      canvas.height = this.height;
+      canvas.className = strip.className;
+      canvas.dataset.frame = strip.dataset.frame;
+      canvas.setAttribute("role", "img");
+      canvas.setAttribute("aria-label", strip.alt);
+      this.canvas = canvas;
+    }
+    draw(seconds) {
+      const at = Math.min(this.frames - 1, Math.floor(seconds * this.fps + 1e-6));
+      if (at === this.shown || !this.canvas.offsetWidth) return;
+      this.shown = at;
+      const { width, height, gap } = this;
+      const x = (at % this.columns) * (width + gap), y = Math.floor(at / this.columns) * (height + gap);
+      this.canvas.getContext("2d").drawImage(this.strip, x, y, width, height, 0, 0, width, height);
+      this.canvas.dataset.at = at;
+    }
+  }
+  const REST = 0.5; // seconds on the last frame: a clip's end is no jump of what it shows
+  const play = (clips) => {
+    const button = document.getElementById("play"), still = matchMedia("(prefers-reduced-motion: reduce)");
+    const length = Math.max(...clips.map((clip) => clip.frames / clip.fps)) + REST;
+    let playing = false, seconds = 0, before = null;
+    const show = () => clips.forEach((clip) => clip.draw(seconds));
+    const tick = (now) => {
+      if (!playing) return;
+      // A page that was hidden goes on where it was.
+      seconds = (seconds + Math.min(0.25, (now - (before ?? now)) / 1000)) % length;
+      before = now;
+      show();
+      requestAnimationFrame(tick);
+    };
+    const turn = (on) => {
+      if (on && !playing) requestAnimationFrame(tick);
+      playing = on;
+      before = null;
+      button.textContent = on ? "Pause" : "Play";
+    };
+    button.addEventListener("click", () => turn(!playing));
+    still.addEventListener("change", () => { if (still.matches) turn(false); });
+    document.getElementById("frame")?.addEventListener("input", show);
+    button.parentElement.hidden = false;
+    Promise.all(clips.map((clip) => clip.strip.decode())).catch(() => {}).then(() => {
+      clips.forEach((clip) => clip.strip.replaceWith(clip.canvas));
+      show();
+      turn(!still.matches);
+    });
+  };
+
   const slider = document.getElementById("frame");
   if (slider) {
     const moments = slider.dataset.moments.split("|");
@@ -242,4 +297,7 @@
       }
     });
   }
+  // After the slider's own listener: what it has just shown is drawn at once, paused or not.
+  const strips = [...document.querySelectorAll("img.strip")];
+  if (strips.length) play(strips.map((strip) => new Clip(strip)));
 })();

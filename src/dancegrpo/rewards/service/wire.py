@@ -2,24 +2,30 @@
 
 A request is one safetensors file. Its tensor `media` is (B, F, 3, H, W), uint8 or float; the metadata's `request` is
 JSON: `{"id": text, "prompts": [{"id", "text", "negative", "metadata", "image"}, ...]}`, one prompt per sample, of which
-only `text` is required. A prompt's picture travels as the bytes of its file, in a uint8 tensor that `image` names.
+only `text` is required. A prompt's picture travels as the bytes of its file (a PNG where it has none), in a uint8
+tensor that `image` names.
 An answer is JSON: `{"id", "judge", "values", "valid", "extra", "causes"}`; a sample without a score is null.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dancegrpo.prompts import Prompt
+from dancegrpo.errors import PromptError
+from dancegrpo.prompts import Prompt, json_value
 from dancegrpo.rewards.base import Scores
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PROTOCOL = 1
 """Of requests and answers; a server and a client of different numbers do not talk."""
@@ -66,36 +72,62 @@ def pack_request(identity: str, media: Tensor, prompts: Sequence[Prompt]) -> byt
     """A request's body. media: (B, F, 3, H, W). Raises WireError for metadata that JSON cannot hold, a lost image."""
     from safetensors.torch import save
 
-    names: dict[Path, str] = {}
-    told = [_prompt_to_json(prompt, names) for prompt in prompts]
+    pictures: dict[str, bytes] = {}
+    told = [
+        _prompt_to_json(prompt, name) for prompt, name in zip(prompts, _name_images(prompts, pictures), strict=True)
+    ]
     tensors = {"media": compact(media).contiguous()}
-    for path, name in names.items():
-        try:
-            tensors[name] = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-        except (OSError, ValueError) as error:
-            raise WireError(f"a prompt's image {path} cannot be read: {error}") from error
+    for name, data in pictures.items():
+        tensors[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     # ASCII: a prompt with half a surrogate pair is no UTF-8, but travels as an escape.
     return save(tensors, {"request": json.dumps({"id": identity, "prompts": told})})
 
 
-def _prompt_to_json(prompt: Prompt, names: dict[Path, str]) -> dict[str, Any]:
+def _name_images(prompts: Sequence[Prompt], pictures: dict[str, bytes]) -> Iterator[str | None]:
+    """The name of each prompt's image, None for none; puts each image that is another one into `pictures`, once."""
+    known: dict[int, str] = {}  # the prompts of a group share one image object: it is digested once
+    names: dict[str, str] = {}
+    for prompt in prompts:
+        if prompt.image is None:
+            yield None
+            continue
+        if id(prompt.image) not in known:
+            try:
+                digest = prompt.request()[2]
+                name = names.setdefault(digest, f"image.{len(names)}")
+                if name not in pictures:
+                    pictures[name] = _image_file(prompt.image)
+            except (OSError, ValueError, PromptError) as error:
+                raise WireError(f"the image of prompt {prompt.id} cannot be sent: {error}") from error
+            if not pictures[name]:
+                raise WireError(f"the image of prompt {prompt.id} cannot be sent: {prompt.image} is empty")
+            known[id(prompt.image)] = name
+        yield known[id(prompt.image)]
+
+
+def _image_file(image: Path | Image) -> bytes:
+    """An image's file as it is; a picture in memory as PNG, upright, all its values kept where PNG knows its mode."""
+    if isinstance(image, Path):
+        return image.read_bytes()
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    buffer = io.BytesIO()
+    known = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+    (upright if upright.mode in known else upright.convert("RGB")).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _prompt_to_json(prompt: Prompt, image: str | None) -> dict[str, Any]:
     metadata = dict(prompt.metadata)
     try:
-        json.dumps(metadata, default=_plain)
+        metadata = json.loads(json.dumps(metadata, default=json_value))
     except (TypeError, ValueError, RecursionError) as error:
         raise WireError(f"the metadata of prompt {prompt.id} cannot be sent: {error}") from error
-    told = {"id": prompt.id, "text": prompt.text, "negative": prompt.negative}
-    told["metadata"] = json.loads(json.dumps(metadata, default=_plain))
-    if prompt.image is not None:
-        told["image"] = names.setdefault(prompt.image, f"image.{len(names)}")
+    told = {"id": prompt.id, "text": prompt.text, "negative": prompt.negative, "metadata": metadata}
+    if image is not None:
+        told["image"] = image
     return told
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's numbers and arrays, which tables bring, as JSON's."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def unpack_request(body: bytes, folder: Path, max_samples: int) -> Request:
