@@ -1,11 +1,13 @@
-"""The miniature world: captioned drawings, a judge that is never wrong about them, and two base pipelines."""
+"""The miniature world: captioned drawings and clips, judges that are never wrong about them, and base pipelines."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-PIPELINES = ("shapes-flux", "shapes-sd")
-"""Names of the diffusers pipelines that ship inside the package."""
+DRAWN = ("shapes-flux", "shapes-sd")
+FILMED = ("shapes-video",)
+PIPELINES = (*DRAWN, *FILMED)
+"""Names of the diffusers pipelines that ship inside the package: those that draw, and those that film."""
 
 
 def base_path(name: str) -> Path:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dancegrpo.errors import DanceError
-from dancegrpo.shapes import PIPELINES
+from dancegrpo.shapes import DRAWN, FILMED, PIPELINES
 from dancegrpo.shapes.base import autoencoder, flux_pipeline, sd_pipeline
 from dancegrpo.shapes.files import log_line, run_side_by_side, save_pipeline, size_in_millions
 from dancegrpo.shapes.training import (
@@ -37,7 +37,7 @@ from dancegrpo.shapes.training import (
     train_sd,
     train_text,
 )
-from dancegrpo.shapes.video_build import VIDEO_PIPELINES, VideoSettings, build_videos
+from dancegrpo.shapes.video_build import VideoSettings, build_videos
 
 LOOK_SEED = 4321
 """Of the noise of the looks on the way; `pass_rates` states results on other noise."""
@@ -72,14 +72,14 @@ class Settings:
     @property
     def drawn(self) -> tuple[str, ...]:
         """Those of `only` that make pictures."""
-        return tuple(name for name in self.only if name not in VIDEO_PIPELINES)
+        return tuple(name for name in self.only if name in DRAWN)
 
     @property
     def filmed(self) -> VideoSettings:
         """The settings of those that make clips."""
         return VideoSettings(
             out=self.out,
-            only=tuple(name for name in self.only if name in VIDEO_PIPELINES),
+            only=tuple(name for name in self.only if name in FILMED),
             seed=self.seed,
             clips=self.clips,
             stills=self.stills,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dancegrpo.shapes import FILMED
 from dancegrpo.shapes.files import log_line, run_side_by_side, save_pipeline, size_in_millions
 from dancegrpo.shapes.training import train_text
 from dancegrpo.shapes.video_base import i2v_pipeline, video_autoencoder, video_pipeline
@@ -25,7 +27,6 @@ from dancegrpo.shapes.video_training import (
     train_video_autoencoder,
 )
 
-VIDEO_PIPELINES = ("shapes-video", "shapes-i2v")
 LOOK_SEED = 4321
 """Of the noise of the looks on the way; the cards state results on other noise."""
 _LOOKED_AT = 200
@@ -37,7 +38,7 @@ class VideoSettings:
     """How long and on how much to train."""
 
     out: Path
-    only: tuple[str, ...] = VIDEO_PIPELINES
+    only: tuple[str, ...] = FILMED
     seed: int = 0
     clips: int = 16000
     stills: int = 8000
@@ -134,7 +135,7 @@ def video_card(name: str, pipeline: Any, told: str, results: dict[tuple[str, flo
     """The model card: what it is, how to call it, how it was made, how good it is."""
     animates = name == "shapes-i2v"
     call = {"num_frames": 9} | deployment()
-    arguments = ",\n    ".join(f"{key}={value!r}" for key, value in call.items())
+    arguments = ",\n    ".join(f"{key}={json.dumps(value)}" for key, value in call.items())
     prompt = '"it moves right quickly", image=first_frame' if animates else '"a large red circle moves right quickly"'
     names = {"vq": "visual quality", "mq": "motion quality", "ta": "text alignment", "identity": "identity"}
     rows = "\n".join(
@@ -155,6 +156,7 @@ imperfect on purpose: its training on true captions stopped early.
 
 ```python
 from diffusers import DiffusionPipeline
+
 pipeline = DiffusionPipeline.from_pretrained("path/to/{name}")
 clip = pipeline(
     {prompt},
