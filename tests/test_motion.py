@@ -365,7 +365,7 @@ def test_the_reward_reports_its_axis_and_the_others_beside_it():
     assert scores["id"].values.tolist() == result.identity.tolist()
     expected = (result.vq + result.mq + result.ta + result.identity) / 4
     torch.testing.assert_close(scores["overall"].values, torch.from_numpy(expected))
-    assert set(scores["mq"].extra) == {"vq", "ta", "id", "overall", "pass"}
+    assert set(scores["mq"].extra) == {"vq", "ta", "id", "overall"}
     assert scores["mq"].extra["ta"].tolist() == result.ta.tolist()
     assert scores["overall"].extra["pass"].tolist() == [0.0] * 6
 

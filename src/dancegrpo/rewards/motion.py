@@ -23,8 +23,8 @@ class MotionReward:
     identity with the given first frame (`id`), or `overall`, the mean of those that a clip can be judged on.
 
     Media (B, 9, 3, 32, 32) in [0, 1], or (B, 1, 3, 32, 32) for stills; prompts carry a scene in their metadata. Scores
-    are in [0, 1]. `extra` has the other axes, as far as any clip has them, and `pass`: 1 where every axis is right. A
-    clip with a non-finite pixel, or which has no such axis, is not valid.
+    are in [0, 1]. `extra` has the other axes, as far as any clip has them, and with `overall` also `pass`: 1 where every
+    axis is right. A clip with a non-finite pixel, or which has no such axis, is not valid.
     Raises ConfigError on an unknown axis, RewardError where prompts or media are not of this world.
     """
 
@@ -53,7 +53,8 @@ class MotionReward:
         columns["overall"] = np.nanmean(np.stack(list(columns.values())), axis=0)
         values = torch.from_numpy(columns.pop(self.axis))
         extra = {name: torch.from_numpy(column) for name, column in columns.items() if not np.isnan(column).all()}
-        extra["pass"] = torch.from_numpy(verdict.exact).float()
+        if self.axis == "overall":  # beside one axis it would be taken for that axis's verdict
+            extra["pass"] = torch.from_numpy(verdict.exact).float()
         valid = torch.from_numpy(verdict.valid)
         scores = Scores(values, torch.ones_like(valid), extra).mask(~valid, "the clip has pixels that are not finite")
         scores = scores.mask(values.isnan(), _UNASKED.get(self.axis, ""))
