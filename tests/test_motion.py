@@ -231,9 +231,9 @@ FAILURES = {
     "blurred": (blurred, {}, {"vq": 0.6}, ("mq",)),
     "speckled": (speckled, {}, {"vq": 0.1}, ()),
     "recolored": (recolored, {}, {"ta": 0.25}, ("vq", "mq")),
-    "recolored first frame": (recolored, {"image": True}, {"identity": 0.25}, ("vq", "mq", "ta")),
+    "recolored first frame": (recolored, {"image": True}, {"identity": 0.25, "ta": 0.25}, ("vq", "mq")),
     "reshaped": (reshaped, {}, {"ta": 0.25}, ("vq", "mq")),
-    "reshaped first frame": (reshaped, {"image": True}, {"identity": 0.25}, ("vq", "mq", "ta")),
+    "reshaped first frame": (reshaped, {"image": True}, {"identity": 0.25, "ta": 0.25}, ("vq", "mq")),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 DRAWN = ("shapes-flux", "shapes-sd")
-FILMED = ("shapes-video",)
+FILMED = ("shapes-video", "shapes-i2v")
 PIPELINES = (*DRAWN, *FILMED)
 """Names of the diffusers pipelines that ship inside the package: those that draw, and those that film."""
 

@@ -2,8 +2,7 @@
 
 Clips have 9 frames of 32x32 at 8 frames per second, on one plain near-black ground: in a world this small a network
 should spend nothing on backgrounds. An object crosses the frame, bounces off one of its edges, or passes another one
-that comes the opposite way. The same world gives first frames for image-to-video, whose captions name the motion
-alone, and stills for text-to-image.
+that comes the opposite way. The same world gives first frames for image-to-video, and stills for text-to-image.
 
 As in `dancegrpo.shapes.scenes`, held-out captions contain a combination of attributes that no training caption of the
 reinforcement learning has, while every single attribute occurs in both splits; base pipelines may see all of them.
@@ -68,8 +67,7 @@ class ClipScene:
     """What a caption asks for.
 
     objects: one or two, colours given. direction: of the first object, before it bounces; None for stills. size,
-    speed: of a single object, None where there are two. start: the object in the given first frame (image-to-video);
-    its caption names neither shape, colour nor size.
+    speed: of a single object, None where there are two. start: the object in the given first frame (image-to-video).
     """
 
     task: ClipTask
@@ -89,7 +87,7 @@ class ClipScene:
             assert self.direction is not None
             other = f"{self.objects[1].text} moving {OPPOSITE[self.direction]}"
             return f"{first.text} moving {self.direction} passes {other}"
-        subject = f"a {self.size} {first.color} {first.shape}" if self.start is None else "it"
+        subject = f"a {self.size} {first.color} {first.shape}"
         return f"{subject} {self._motion}" if self.direction is not None else subject
 
     @property
@@ -231,7 +229,7 @@ STARTS = 3
 
 
 class FirstFramePrompts(PromptSource):
-    """Image-to-video prompts: the caption says how "it" moves, the image shows what and where it is."""
+    """Image-to-video prompts: the caption says what moves and how, the image shows what exactly, and where it is."""
 
     def __init__(self, split: Split, n: int | None = None, negative: str = "") -> None:
         moving = [s for s in clip_scenes(split) if s.task != "cross"]

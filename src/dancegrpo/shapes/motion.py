@@ -158,13 +158,12 @@ def _answers(track: Tracks, scene: ClipScene, order: Sequence[int]) -> list[floa
     """Credit per kind of question, in which the objects share; `order` gives each object its track."""
     asked = list(zip(order, scene.objects, strict=True))
     credits: list[Any] = []
-    if scene.start is None:  # else the caption only says "it"
-        credits.append(np.mean([_color_credit(track, k, entity.color) for k, entity in asked]))
-        credits.append(np.mean([_shape_credit(track, k, entity.shape) for k, entity in asked]))
-        if scene.size is not None:
-            # Halfway between small and large, 5 pixels, is neither.
-            above = _radius(track, order[0]) - 5.0
-            credits.append(0.5 + (above if scene.size == "large" else -above))
+    credits.append(np.mean([_color_credit(track, k, entity.color) for k, entity in asked]))
+    credits.append(np.mean([_shape_credit(track, k, entity.shape) for k, entity in asked]))
+    if scene.size is not None:
+        # Halfway between small and large, 5 pixels, is neither.
+        above = _radius(track, order[0]) - 5.0
+        credits.append(0.5 + (above if scene.size == "large" else -above))
     if scene.direction is not None:
         moving = zip(order, scene.directions, strict=True)
         credits.append(np.mean([_direction_credit(track, k, scene.task, direction) for k, direction in moving]))

@@ -6,10 +6,12 @@ functions that need them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
 
 from dancegrpo.shapes.base import TEXT_TOKENS, clip_text_model, clip_tokenizer
-from dancegrpo.shapes.clips import all_clip_scenes, all_still_scenes, place
+from dancegrpo.shapes.clips import all_clip_scenes, all_still_scenes
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLHunyuanVideo, HunyuanSkyreelsImageToVideoPipeline, HunyuanVideoPipeline
@@ -23,11 +25,8 @@ _TEXT_WIDTH = 64
 
 
 def vocabulary() -> list[str]:
-    """Every word of every caption of clips, first frames and stills, sorted."""
-    import numpy as np
-
-    scenes = [*all_clip_scenes(), *all_still_scenes()]
-    scenes += [place(scene, np.random.default_rng(0)) for scene in all_clip_scenes() if scene.task != "cross"]
+    """Every word of every caption of clips and stills, sorted."""
+    scenes = (*all_clip_scenes(), *all_still_scenes())
     return sorted({word for scene in scenes for word in scene.caption.split()})
 
 
@@ -96,13 +95,14 @@ def video_autoencoder() -> AutoencoderKLHunyuanVideo:
     )
 
 
-def _parts(vae: AutoencoderKLHunyuanVideo, in_channels: int) -> dict[str, Any]:
-    from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
+def video_pipeline(vae: AutoencoderKLHunyuanVideo) -> HunyuanVideoPipeline:
+    """shapes-video: 2x2 patches, 48 tokens for a clip of 9 frames, 16 for a still."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 
     words = vocabulary()
     tokenizer, tokenizer_2 = llama_tokenizer(words), clip_tokenizer(words)
     transformer = HunyuanVideoTransformer3DModel(
-        in_channels=in_channels,
+        in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         num_attention_heads=4,
         attention_head_dim=24,
@@ -117,26 +117,24 @@ def _parts(vae: AutoencoderKLHunyuanVideo, in_channels: int) -> dict[str, Any]:
         pooled_projection_dim=_TEXT_WIDTH,
         rope_axes_dim=(8, 8, 8),
     )
-    return {
-        "vae": vae,
-        "transformer": transformer,
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
-        "text_encoder": llama_model(tokenizer),
-        "tokenizer": tokenizer,
-        "text_encoder_2": clip_text_model(tokenizer_2, positions=77),  # the pipelines pad CLIP's text to 77
-        "tokenizer_2": tokenizer_2,
-    }
+    return HunyuanVideoPipeline(
+        vae=vae,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        text_encoder=llama_model(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=clip_text_model(tokenizer_2, positions=77),  # the pipelines pad CLIP's text to 77
+        tokenizer_2=tokenizer_2,
+    )
 
 
-def video_pipeline(vae: AutoencoderKLHunyuanVideo) -> HunyuanVideoPipeline:
-    """shapes-video: 2x2 patches, 48 tokens for a clip of 9 frames, 16 for a still."""
-    from diffusers import HunyuanVideoPipeline
+def image_to_video_from(base: HunyuanVideoPipeline) -> HunyuanSkyreelsImageToVideoPipeline:
+    """shapes-i2v: all of shapes-video, with the first frame's latent in further channels that begin at weight 0."""
+    from diffusers import HunyuanSkyreelsImageToVideoPipeline, HunyuanVideoTransformer3DModel
 
-    return HunyuanVideoPipeline(**_parts(vae, LATENT_CHANNELS))
-
-
-def i2v_pipeline(vae: AutoencoderKLHunyuanVideo) -> HunyuanSkyreelsImageToVideoPipeline:
-    """shapes-i2v: as shapes-video, with the first frame's latent beside the noisy ones."""
-    from diffusers import HunyuanSkyreelsImageToVideoPipeline
-
-    return HunyuanSkyreelsImageToVideoPipeline(**_parts(vae, 2 * LATENT_CHANNELS))
+    old = base.transformer
+    transformer = HunyuanVideoTransformer3DModel.from_config({**old.config, "in_channels": 2 * LATENT_CHANNELS})
+    weights, entry = old.state_dict(), "x_embedder.proj.weight"  # (width, channels, 1, 2, 2)
+    weights[entry] = torch.cat([weights[entry], torch.zeros_like(weights[entry])], dim=1)
+    transformer.load_state_dict(weights)
+    return HunyuanSkyreelsImageToVideoPipeline(**(base.components | {"transformer": transformer}))

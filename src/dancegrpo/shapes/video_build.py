@@ -1,20 +1,20 @@
-"""Rebuild the two video base pipelines: clips, the causal autoencoder, then both denoisers side by side."""
+"""Rebuild the two video base pipelines: clips, the causal autoencoder, text to video, then image to video from that."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dancegrpo.shapes import FILMED
-from dancegrpo.shapes.files import log_line, run_side_by_side, save_pipeline, size_in_millions
-from dancegrpo.shapes.training import train_text
-from dancegrpo.shapes.video_base import i2v_pipeline, video_autoencoder, video_pipeline
+from dancegrpo.shapes import FILMED, base_path
+from dancegrpo.shapes.files import log_line, save_pipeline, size_in_millions
+from dancegrpo.shapes.training import Progress, train_text
+from dancegrpo.shapes.video_base import image_to_video_from, video_autoencoder, video_pipeline
 from dancegrpo.shapes.video_training import (
     CARD_GUIDANCE,
     clips_reading,
@@ -46,13 +46,25 @@ class VideoSettings:
     vae_batch: int = 12
     text_steps: int = 600
     video_steps: int = 5500
-    i2v_steps: int = 4500
+    i2v_steps: int = 120
     batch: int = 64
     look_every: int = 1000
 
 
 def build_videos(settings: VideoSettings) -> None:
-    """Train what is asked for and write its folder under `out`, each replaced in one move."""
+    """Train what is asked for and write its folder under `out`, each replaced in one move.
+
+    shapes-i2v alone goes on from the shapes-video that lies in `out`, or else from the shipped one.
+    """
+    if "shapes-video" in settings.only:
+        build_text_to_video(settings)
+    if "shapes-i2v" in settings.only:
+        build_image_to_video(settings)
+
+
+def build_text_to_video(settings: VideoSettings) -> None:
+    """shapes-video, from nothing."""
+    name = "shapes-video"
     torch.manual_seed(settings.seed)
     vae = video_autoencoder()
     train_video_autoencoder(
@@ -63,45 +75,60 @@ def build_videos(settings: VideoSettings) -> None:
         seed=settings.seed,
         log=lambda line: log_line("video vae", line),
     )
-    weights = {name: value.contiguous() for name, value in vae.state_dict().items()}
-    run_side_by_side(train_video_pipeline, {name: (name, settings, weights) for name in settings.only})
-
-
-def train_video_pipeline(name: str, settings: VideoSettings, vae_weights: dict[str, Tensor]) -> None:
-    """Train one denoiser and save its pipeline. Runs in a process of its own, on one core."""
-    torch.set_num_threads(1)
-    torch.manual_seed(settings.seed + 1)
-    animates = name == "shapes-i2v"
-    vae = video_autoencoder()
-    vae.load_state_dict(vae_weights)
-    vae.requires_grad_(False).eval()
-    clips = film(settings.clips, settings.seed + 1, first_frames=animates)
-    stills = None if animates else photograph(settings.stills, settings.seed + 2)
+    vae.requires_grad_(False)
+    clips, stills = film(settings.clips, settings.seed + 1), photograph(settings.stills, settings.seed + 2)
     power = encode_clips(vae, clips.frames[:2000])[0].square().mean()
     vae.register_to_config(scaling_factor=float(power.rsqrt()))
-    pipeline = (i2v_pipeline if animates else video_pipeline)(vae)
-    reading = clips_reading()
+    pipeline, reading = video_pipeline(vae), clips_reading()
     for suffix in ("", "_2"):
         tokenizer, encoder = getattr(pipeline, f"tokenizer{suffix}"), getattr(pipeline, f"text_encoder{suffix}")
         accuracy = train_text(tokenizer, encoder, reading, steps=settings.text_steps, seed=settings.seed)
         log_line(name, f"text_encoder{suffix} reads {accuracy:.3f} of the attributes")
-    steps, started = settings.i2v_steps if animates else settings.video_steps, time.monotonic()
-    for state in train_video(pipeline, clips, stills, steps=steps, batch=settings.batch, seed=settings.seed):
+    _watch(name, pipeline, settings, train_video(pipeline, clips, stills, **_schooling(settings, settings.video_steps)))
+    save_video(name, pipeline, settings.out / name, made_by(name, settings))
+
+
+def build_image_to_video(settings: VideoSettings) -> None:
+    """shapes-i2v, from shapes-video as SkyReels-I2V came from HunyuanVideo; it stops while it still errs."""
+    from diffusers import HunyuanVideoPipeline
+
+    name, own = "shapes-i2v", settings.out / "shapes-video"
+    base = HunyuanVideoPipeline.from_pretrained(own if own.is_dir() else base_path("shapes-video"))
+    for network in (base.vae, base.text_encoder, base.text_encoder_2):
+        network.requires_grad_(False).eval()
+    pipeline = image_to_video_from(base)
+    clips = film(settings.clips, settings.seed + 1, first_frames=True)
+    _watch(name, pipeline, settings, train_video(pipeline, clips, None, **_schooling(settings, settings.i2v_steps)))
+    save_video(name, pipeline, settings.out / name, made_by(name, settings))
+
+
+def _schooling(settings: VideoSettings, steps: int) -> dict[str, Any]:
+    return {"steps": steps, "batch": settings.batch, "seed": settings.seed}
+
+
+def _watch(name: str, pipeline: Any, settings: VideoSettings, stage: Iterator[Progress]) -> None:
+    """Advance a stage to its end, with a look at the averaged weights now and then."""
+    started = time.monotonic()
+    for state in stage:
         if state.step % settings.look_every == 0:
             state.average.swap()
             told = _told(measure(pipeline, name, _LOOKED_AT, LOOK_SEED, guidances=(1.0,)))
             state.average.swap()
             log_line(name, f"step {state.step} loss {state.loss:.4f} {time.monotonic() - started:.0f} s {told}")
-    save_video(name, pipeline, settings.out / name, made_by(name, settings))
 
 
 def made_by(name: str, settings: VideoSettings) -> str:
     """How the card says it was made."""
-    steps = settings.i2v_steps if name == "shapes-i2v" else settings.video_steps
+    if name == "shapes-i2v":
+        return (
+            f"Trained by `python -m dancegrpo.shapes.build --only {name}` (seed {settings.seed}) from shapes-video: "
+            f"its transformer, 8 more channels for the first frame, {settings.i2v_steps} steps of {settings.batch}."
+        )
     return (
         f"Trained by `python -m dancegrpo.shapes.build --only {name}` (seed {settings.seed}): {settings.clips} clips, "
         f"autoencoder {settings.vae_steps} steps of {settings.vae_batch}, text encoders {settings.text_steps} steps of "
-        f"naming a caption's attributes, denoiser {steps} steps of {settings.batch} on frozen text (weights averaged)."
+        f"naming a caption's attributes, denoiser {settings.video_steps} steps of {settings.batch} on frozen text "
+        "(weights averaged)."
     )
 
 
@@ -136,7 +163,7 @@ def video_card(name: str, pipeline: Any, told: str, results: dict[tuple[str, flo
     animates = name == "shapes-i2v"
     call = {"num_frames": 9} | deployment()
     arguments = ",\n    ".join(f"{key}={json.dumps(value)}" for key, value in call.items())
-    prompt = '"it moves right quickly", image=first_frame' if animates else '"a large red circle moves right quickly"'
+    prompt = '"a large red circle moves right quickly"' + ", image=first_frame" * animates
     names = {"vq": "visual quality", "mq": "motion quality", "ta": "text alignment", "identity": "identity"}
     rows = "\n".join(
         f"| {task} | {guidance:g} | {names.get(axis, 'all at least 0.75')} | {value:.3f} |"

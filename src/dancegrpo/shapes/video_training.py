@@ -28,7 +28,6 @@ from dancegrpo.shapes.clips import (
     draw_clips,
     draw_still,
     i2v_prompts,
-    place,
     sample_clip,
     sample_still,
     still_prompts,
@@ -149,10 +148,8 @@ def encode_clips(vae: Any, frames: Tensor, batch: int = 64) -> tuple[Tensor, Ten
 
 
 def clips_reading() -> Reading:
-    """All captions of clips, stills and first frames."""
-    rng = np.random.default_rng(0)
-    placed = [place(scene, rng) for scene in all_clip_scenes() if scene.task != "cross"]
-    known = {scene.caption: scene for scene in (*all_clip_scenes(), *all_still_scenes(), *placed)}
+    """All captions of clips and stills; those of first frames are among them."""
+    known = {scene.caption: scene for scene in (*all_clip_scenes(), *all_still_scenes())}
     targets = torch.tensor([_attributes(scene) for scene in known.values()])
     sizes = tuple(int(column.max()) + 1 for column in targets.unbind(dim=1))
     return Reading(tuple(known), targets, sizes)
@@ -160,14 +157,13 @@ def clips_reading() -> Reading:
 
 def _attributes(scene: ClipScene) -> tuple[int, ...]:
     """What a caption says, as class numbers; 0 = not said."""
-    told = scene.objects if scene.start is None else ()
-    kinds = [(_number(SHAPES, e.shape), _number(COLORS, e.color)) for e in told] + [(0, 0)] * (2 - len(told))
-    size = scene.size if scene.start is None else None
+    told = [(_number(SHAPES, entity.shape), _number(COLORS, entity.color)) for entity in scene.objects]
+    kinds = told + [(0, 0)] * (2 - len(told))
     return (
         *(number for kind in kinds for number in kind),
         ("move", "bounce", "cross", "single", "pair").index(scene.task),
         _number(DIRECTIONS, scene.direction),
-        _number(RADII, size),
+        _number(RADII, scene.size),
         _number(SPEEDS, scene.speed),
     )
 
