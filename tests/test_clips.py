@@ -28,7 +28,6 @@ from dancegrpo.shapes.clips import (
     clip_scenes,
     draw_clip,
     draw_clips,
-    draw_still,
     i2v_prompts,
     sample_clip,
     sample_still,
@@ -238,7 +237,7 @@ def test_stills_are_one_frame_with_every_object_inside():
     rng = np.random.default_rng(0)
     for _ in range(50):
         scene = sample_still(rng)
-        still = draw_still(scene, rng)
+        still = draw_clip(scene, rng)
         assert still.shape == (1, SIZE, SIZE, 3)
         for entity in scene.objects:
             assert (still[0] == COLORS[entity.color]).all(axis=-1).sum() > 10

@@ -117,6 +117,15 @@ def test_the_card_of_a_shipped_base_loads_it_by_name() -> None:
     assert "base_model:" not in text
 
 
+@pytest.mark.parametrize("task", ["text-to-video", "image-to-video"])
+def test_the_card_of_clips_plays_them_as_the_run_did_and_says_what_writing_takes(task: str) -> None:
+    text = card_text(CARD, task, Usage("", "", {"num_frames": 9}, fps=12.5), lora=False)
+    prose, example = text.split("```")[0], text.split("```python\n")[1].split("```")[0]
+    assert "pip install imageio imageio-ffmpeg" in prose
+    assert 'export_to_video(clip, "clip.mp4", fps=12.5)' in example
+    ast.parse(example)
+
+
 def test_an_export_refuses_a_folder_with_files(tiny_sd_path: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dancegrpo.algorithms import Advantage
-from dancegrpo.health import Clock, reward_metrics
+from dancegrpo.health import Clock, restart_peak, reward_metrics
 from dancegrpo.rewards import Scores
 
 
@@ -20,6 +20,15 @@ def test_a_nested_phase_is_not_counted_twice(monkeypatch):
                 now[0] += 0.25
         now[0] += 2.0
     assert clock.metrics() == {"seconds/rollout": 3.0, "seconds/decode": 0.5, "seconds/total": 3.5}
+
+
+def test_the_peak_is_counted_anew_on_cuda_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    restart_peak(torch.device("cpu"))
+    assert asked == []
+    restart_peak(torch.device("cuda", 1))
+    assert asked == [torch.device("cuda", 1)]
 
 
 def test_a_judges_normalised_scores_leave_out_what_another_judge_failed_on():

@@ -251,6 +251,15 @@ def test_condition_id_changes_with_what_an_image_is_encoded_to(base, tmp_path: P
     assert policy_of(path, num_frames=5).condition_id == policies[0].condition_id
 
 
+def test_condition_id_tells_the_ways_in_which_an_image_is_seen_apart(base, tmp_path: Path) -> None:
+    """The same encoders, and another transformer: it decides which tokens of the image are read."""
+    other = tmp_path / "m"
+    shutil.copytree(base("token_replace"), other)
+    shutil.rmtree(other / "transformer")
+    shutil.copytree(base("latent_concat") / "transformer", other / "transformer")
+    assert policy_of(base("token_replace")).condition_id != policy_of(other).condition_id
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def rolled(request, base):
     """(policy, algorithm, trajectory) of 2 groups of 4 samples, sampled 4 at a time, all but the last step trained."""
@@ -344,6 +353,8 @@ def test_the_card_asks_for_the_clips_that_were_trained(base, tmp_path: Path, kin
         ("skyreels", {"num_frames": 54}, "use 53"),
         ("latent_concat", {"num_frames": 4}, "the first 4 are dropped: use at least 5"),
         ("token_replace", {"num_frames": 1}, "the first frame is the image's: use at least 5"),
+        ("token_replace", {"num_frames": 2}, "must be a multiple of 4 plus 1 for this pipeline: use 5"),
+        ("t2v", {"num_frames": 2}, "use 1"),
         ("t2v", {"height": 40}, "multiples of 16"),
         ("t2v", {"guidance_scale_2": 3.0}, "model.guidance_scale_2=3.0"),
         ("t2v", {"prompt_template": IMAGE_TEMPLATE}, "model.prompt_template.image_emb_start=6"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dancegrpo import sampling
 from dancegrpo.algorithms import GRPO
 from dancegrpo.config import LoraConfig, ModelConfig, RolloutConfig, load_config
 from dancegrpo.errors import ConfigError
@@ -202,13 +203,32 @@ def test_rows_of_another_device_equal_an_index() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", on_gpu("cuda")])
-def test_latents_in_the_hosts_memory_train_to_the_same_bits(settings: dict, device: str) -> None:
+def test_latents_in_the_hosts_memory_train_to_the_same_bits(
+    settings: dict, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+    if device == "cpu":  # where host and device are one: as if they were not
+        _keep_elsewhere(monkeypatch, asked)
     here, there = (
         trainer_of(settings, **{"model.device": device, "rollout.store": store, "update.updates_per_rollout": 2})
         for store in ("device", "host")
     )
     ours = there.policy.trainable()
     assert all(torch.equal(weight, ours[name]) for name, weight in here.policy.trainable().items())
+    assert device != "cpu" or asked == [torch.device("cpu")]  # that one rollout, once
+
+
+def _keep_elsewhere(monkeypatch: pytest.MonkeyPatch, asked: list[torch.device]) -> None:
+    """Latents of `rollout.store=host` say that they are on another device than the CPU's. asked: who waited for it."""
+    make = sampling._Kept.__init__
+
+    def elsewhere(self: sampling._Kept, plan: object, shape: object, store: str, *rest: object) -> None:
+        make(self, plan, shape, store, *rest)
+        if store == "host":
+            self.x_t, self.x_next = self.x_t.as_subclass(Elsewhere), self.x_next.as_subclass(Elsewhere)
+
+    monkeypatch.setattr(sampling._Kept, "__init__", elsewhere)
+    monkeypatch.setattr(torch.accelerator, "synchronize", asked.append)
 
 
 @pytest.mark.parametrize("device", [on_gpu("cuda")])

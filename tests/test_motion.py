@@ -23,7 +23,6 @@ from dancegrpo.shapes.clips import (
     ClipScene,
     clip_path,
     draw_clip,
-    draw_still,
     render,
     sample_clip,
     sample_still,
@@ -105,7 +104,7 @@ def test_true_clips_are_right_on_every_axis(image):
 def test_true_stills_are_right_and_have_no_motion():
     rng = np.random.default_rng(5)
     scenes = [sample_still(rng) for _ in range(100)]
-    stills, prompts = as_media([draw_still(s, rng) for s in scenes]), [prompt(s) for s in scenes]
+    stills, prompts = as_media([draw_clip(s, rng) for s in scenes]), [prompt(s) for s in scenes]
     result = judge_clips(stills, prompts)
     assert min(result.vq.min(), result.ta.min()) >= 0.93
     assert result.exact.all()
@@ -373,7 +372,7 @@ def test_the_reward_reports_its_axis_and_the_others_beside_it():
 def test_an_axis_that_cannot_be_judged_is_masked_never_a_number():
     rng = np.random.default_rng(0)
     still = sample_still(rng)
-    media, prompts = torch.from_numpy(as_media([draw_still(still, rng)])), [prompt(still)]
+    media, prompts = torch.from_numpy(as_media([draw_clip(still, rng)])), [prompt(still)]
     motion, overall = MotionReward("mq")(media, prompts), MotionReward()(media, prompts)
     assert motion.valid.tolist() == [False]
     assert motion.causes == {"a still does not move": 1}

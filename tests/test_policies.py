@@ -11,6 +11,7 @@ from torch import Tensor
 from dancegrpo.config import LoraConfig, ModelConfig, RolloutConfig
 from dancegrpo.errors import ConfigError
 from dancegrpo.policies import Condition, Policy, load_policy
+from dancegrpo.policies.flow import FlowPolicy
 from dancegrpo.prompts import Prompt
 from tiny import PROMPTS, TINY_SIZE, build_flux, build_sd
 
@@ -102,6 +103,12 @@ def test_flux_latents_and_pictures_equal_the_pipelines_bit_for_bit(
             PROMPTS[0], num_images_per_prompt=3, output_type=kind, height=TINY_SIZE, width=TINY_SIZE, **call
         ).images
         assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("unit", [0.0, 0.001, 10.0])
+def test_a_flow_family_with_another_unit_of_time_is_refused(unit: float) -> None:
+    with pytest.raises(ValueError, match=rf"^Odd\.timestep_unit={unit} must be 1 or 1000\.$"):
+        type("Odd", (FlowPolicy,), {"timestep_unit": unit})
 
 
 def test_v_prediction_follows_the_pipeline(tmp_path: Path) -> None:

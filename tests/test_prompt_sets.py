@@ -77,6 +77,14 @@ def test_hpd_benchmark_folder_is_one_list_with_styles_as_tasks(tmp_path: Path) -
     assert "photo.json does not exist" in refusal(f"hpd:{tmp_path}")
 
 
+def test_a_prompt_of_several_styles_is_kept_with_the_first(tmp_path: Path) -> None:
+    lists = {"anime": ["a", "b"], "concept-art": ["b", "c"], "paintings": [" a"], "photo": ["d", "c", "d"]}
+    for style, listed in lists.items():
+        dump(tmp_path / f"{style}.json", listed)
+    kept = [(prompt.id, prompt.text, prompt.metadata["task"]) for prompt in open_prompts(f"hpd:{tmp_path}")]
+    assert kept == [(0, "a", "anime"), (1, "b", "anime"), (2, "c", "concept-art"), (3, "d", "photo")]
+
+
 def test_pick_a_pic_rows_repeat_their_captions(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -137,7 +145,11 @@ def test_consisid_captions_and_first_frames(tmp_path: Path) -> None:
     (framed,) = open_prompts(f"consisid:{file}", image="path", images=str(tmp_path / "videos"))
     assert framed.image.size == (32, 32)
     assert abs(np.asarray(framed.image).mean() - 200) < 8  # the first frame's, after a lossy codec
-    (tmp_path / "videos" / "clip.mp4").write_bytes(b"no clip")
+    clip = tmp_path / "videos" / "clip.mp4"
+    clip.write_bytes(clip.read_bytes()[:40])
+    with pytest.raises(PromptError, match=r"entry 1: image .*clip.mp4 cannot be read"):
+        open_prompts(f"consisid:{file}", image="path", images=str(tmp_path / "videos"))
+    clip.write_bytes(b"no clip")
     assert "clip.mp4 cannot be read" in refusal(f"consisid:{file}", image="path", images=str(tmp_path / "videos"))
 
 
@@ -190,6 +202,42 @@ def test_bounds_on_what_is_no_number_are_refused_and_texts_are_taken_whole(tmp_p
     assert "line 2 has no field 'b' (it has text, a): mend prompts.at_most" in refusal(str(file), at_most={"b": 1})
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     assert texts(str(tmp_path / "p.txt"), at_most={"a": 0}) == ["one", "two"]
+    assert texts(str(dump(tmp_path / "p.json", ["one", {"text": "two", "a": 1}, "three"])), at_most={"a": 0}) == [
+        "one",
+        "three",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("p.csv", "prompt,toxicity\nok,0.1\nbad thing,\n", "line 3 has no field 'toxicity'"),
+        ("p.csv", "prompt,toxicty\nbad thing,0.9\n", "line 2 has no field 'toxicity' (it has prompt, toxicty)"),
+        ("p.csv", "prompt\nbad thing\n", "line 2 has no field 'toxicity' (it has prompt)"),
+        ("p.jsonl", '{"prompt": "bad thing"}\n', "line 1 has no field 'toxicity'"),
+        ("p.jsonl", '{"prompt": "bad thing", "toxicity": null}\n', "line 1: toxicity=None is not a number"),
+        ("p.json", '["a text", {"prompt": "bad thing"}]', "entry 2 has no field 'toxicity'"),
+    ],
+)
+def test_an_unrated_record_is_refused_where_ratings_decide(tmp_path: Path, name: str, content: str, place: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert place in refusal(f"vidprom:{tmp_path / name}", at_most={"toxicity": 0.2})
+
+
+def test_an_unrated_row_of_a_table_is_refused_where_ratings_decide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "train.parquet"
+    pq.write_table(pa.table({"prompt": ["ok", "bad thing"], "toxicity": [0.1, None]}), file)
+    assert "row 2 has no field 'toxicity'" in refusal(f"vidprom:{file}", at_most={"toxicity": 0.2})
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    hub = f"vidprom:hf:{tmp_path / 'data'}"
+    assert "row 2 has no field 'toxicity'" in refusal(hub, at_most={"toxicity": 0.2})
 
 
 OPEN = """
@@ -277,6 +325,104 @@ def test_folder_of_captioned_pictures(tmp_path: Path) -> None:
     ]
 
 
+def test_settings_of_records_in_a_folder_of_pictures(tmp_path: Path) -> None:
+    for name, text in (("a", "runs"), ("b", " "), ("c", "runs")):
+        picture().save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(text)
+    source = f"images:{tmp_path}"
+    # Other pictures are other requests, so that only the empty text is left out.
+    assert [p.image.name for p in open_prompts(source, unique=True, column="caption")] == ["a.png", "c.png"]
+    assert [p.id for p in open_prompts(source, unique=True)] == [0, 1]
+    assert "has no fields to compare: take prompts.at_most out" in refusal(source, at_most={"toxicity": 0.2})
+    for name in "ac":
+        (tmp_path / f"{name}.txt").write_text("")
+    assert "holds no prompts: write at least one" in refusal(source, unique=True)
+
+
+@pytest.mark.parametrize("source", ["hf:", "hf::train", "images:", "hpd:", "vidprom:", "hpd:hf:", "hpd:images:"])
+def test_a_prefix_with_nothing_behind_is_refused(source: str) -> None:
+    kind = source.removeprefix("hpd:").partition(":")[0] or "hpd"
+    assert f"{kind}: names nothing: write {kind}:" in refusal(source)
+
+
+def imageless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, images: list[bool]) -> tuple[str, str]:
+    """A source of prompts with (True) and without an image, and what comes before the number of a place in it."""
+    picture().save(tmp_path / "a.png")
+    rows = [{"text": f"prompt {i}", **({"image": "a.png"} if has else {})} for i, has in enumerate(images)]
+    if form == "jsonl":
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / "p.jsonl"), f"{tmp_path / 'p.jsonl'} line"
+    if form == "csv":
+        (tmp_path / "p.csv").write_text("text,image\n" + "".join(f"{r['text']},{r.get('image', '')}\n" for r in rows))
+        return str(tmp_path / "p.csv"), f"{tmp_path / 'p.csv'} line"
+    if form == "json":
+        dump(tmp_path / "p.json", rows)
+        return str(tmp_path / "p.json"), f"{tmp_path / 'p.json'} entry"
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    data = png(picture())
+    cell = {
+        "paths": lambda has: "a.png" if has else None,
+        "bytes": lambda has: data if has else None,
+        "struct": lambda has: {"bytes": data, "path": None} if has else None,
+        "hollow": lambda has: {"bytes": data if has else None, "path": None},
+        "hub": lambda has: {"bytes": data, "path": None} if has else None,
+    }[form]
+    (tmp_path / "data").mkdir(exist_ok=True)
+    file = tmp_path / ("data/train.parquet" if form == "hub" else "p.parquet")
+    table = {"text": [row["text"] for row in rows], "image": [cell(has) for has in images]}
+    pq.write_table(pa.table(table), file, row_group_size=2)
+    if form != "hub":
+        return str(file), f"{file} row"
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return f"hf:{tmp_path / 'data'}", f"hf:{tmp_path / 'data'}:train row"
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "json", "paths", "bytes", "struct", "hollow", "hub"])
+@pytest.mark.parametrize("images", [[True] * 4, [True, True, True, False, True, False]])
+def test_the_first_prompt_without_an_image_is_known_by_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, images: list[bool]
+) -> None:
+    source, place = imageless(tmp_path, monkeypatch, form, images)
+    first = 4 + (form == "csv")  # the header is a line, too
+    expected = None if all(images) else f"{place} {first}"
+    assert open_prompts(source).first_without_image == expected
+    # Where all the records without one are left out, none is without.
+    assert open_prompts(source, unique=True).first_without_image == expected
+
+
+def test_only_records_that_are_left_in_need_an_image(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    rows = [{"text": "a", "k": 2}, {"text": "b", "image": "a.png", "k": 0}, {"text": "c", "k": 1}]
+    file = str(dump(tmp_path / "p.json", rows))
+    assert open_prompts(file, at_most={"k": 0}).first_without_image is None
+    assert open_prompts(file, at_most={"k": 1}).first_without_image == f"{file} entry 3"
+
+
+def test_places_without_an_image_in_sources_of_other_kinds(tmp_path: Path) -> None:
+    for style in ("anime", "concept-art", "paintings", "photo"):
+        dump(tmp_path / f"{style}.json", [style])
+    assert open_prompts(f"hpd:{tmp_path}").first_without_image == f"{tmp_path / 'anime.json'} entry 1"
+    (tmp_path / "p.txt").write_text("\na\n")
+    assert open_prompts(str(tmp_path / "p.txt")).first_without_image == f"{tmp_path / 'p.txt'} line 2"
+    assert open_prompts("shapes:train").first_without_image == "prompt 0"
+    assert open_prompts("shapes-i2v:heldout").first_without_image is None
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "prompt.txt").write_text("it moves")
+    assert open_prompts(f"images:{tmp_path}").first_without_image is None
+
+
+def test_a_table_of_pandas_has_an_index_without_a_name(tmp_path: Path) -> None:
+    file = tmp_path / "p.csv"
+    file.write_text(",text,image\n0,a,no.png\n1,b,\n")
+    assert [(p.text, p.metadata) for p in open_prompts(str(file), image=None)] == [
+        ("a", {"image": "no.png"}),
+        ("b", {}),
+    ]
+
+
 def test_unusable_folders_of_pictures(tmp_path: Path) -> None:
     source = f"images:{tmp_path}"
     assert "none is not a folder" in refusal(f"{source}/none")
@@ -290,6 +436,19 @@ def test_unusable_folders_of_pictures(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     assert "a.png cannot be read" in refusal(source)
+
+
+def test_a_clip_without_pictures_is_refused_at_opening(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "start.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    file = dump(tmp_path / "p.json", [{"text": "a", "image": "start.mkv"}])
+    with pytest.raises(PromptError, match=r"entry 1: image .*start.mkv cannot be read"):
+        open_prompts(str(file))
 
 
 @pytest.mark.parametrize("damaged", [b"", b"no picture", png(picture(size=(64, 64)))[:60]])

@@ -209,6 +209,17 @@ def test_unknown_shapes_split() -> None:
     assert "use shapes:train or shapes:heldout" in refusal("shapes:test")
 
 
+@pytest.mark.parametrize("kind", ["shapes", "shapes-video", "shapes-i2v", "shapes-t2i"])
+def test_shapes_without_a_split(kind: str) -> None:
+    assert f"prompts '{kind}' name no split: use {kind}:train or {kind}:heldout" in refusal(kind)
+
+
+def test_an_unknown_form_is_told_the_known_ones() -> None:
+    message = refusal("prompts.doc")
+    for form in (".txt", ".parquet", "hf:", "images:", "hpd:", "pickapic:", "vidprom:", "consisid:", "shapes-i2v:"):
+        assert form in message
+
+
 def parquet(path: Path, columns: dict[str, Any]) -> str:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -243,13 +254,16 @@ def test_parquet_with_categories(tmp_path: Path) -> None:
 def test_unusable_parquet(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     assert "row 2 has an empty 'text'" in refusal(parquet(path, {"text": ["a", None]}))
-    assert "row 1 has no field 'text' (it has prompt)" in refusal(parquet(path, {"prompt": ["a"]}))
+    assert "p.parquet has no field 'text' (it has prompt)" in refusal(parquet(path, {"prompt": ["a"]}))
+    assert "p.parquet has no field 'text' (it has raw)" in refusal(parquet(path, {"raw": [b"a"]}))
     assert "row 1: text=1 is not text" in refusal(parquet(path, {"text": [1]}))
     assert "holds no prompts" in refusal(parquet(path, {"text": []}))
     assert "cannot read prompts" in refusal(write(tmp_path, "p.parquet", b"not parquet"))
 
 
-def test_hub_dataset_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_dataset_from_a_local_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
@@ -262,9 +276,10 @@ def test_hub_dataset_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.Mon
     name = tmp_path / "data"
     train = [Prompt(0, "a", "n", metadata={"k": 1}), Prompt(1, "b", "own", metadata={"k": 2})]
     assert list(open_prompts(f"hf:{name}", column="prompt", negative="n")) == train
+    assert capsys.readouterr().err == ""  # the progress bars of `datasets` stay away
     assert [p.text for p in open_prompts(f"hf:{name}:test", column="prompt")] == ["c"]
     assert [p.text for p in open_prompts(f"hf:{name}:train[1:]", column="prompt")] == ["b"]
-    assert "row 1 has no field 'text'" in refusal(f"hf:{name}")
+    assert f"hf:{name}:train has no field 'text' (it has prompt, negative, k)" in refusal(f"hf:{name}")
     assert "cannot load hf:" in refusal(f"hf:{name}:absent", column="prompt")
 
 

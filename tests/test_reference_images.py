@@ -103,6 +103,26 @@ def test_a_model_of_clips_draws_no_reference_images(
     assert not (tmp_path / "f").exists()
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused_before_drawing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: Path, asked: Path
+) -> None:
+    monkeypatch.setattr("dancegrpo.evaluate.pictures", lambda *_, **__: pytest.fail("drawn"))
+    source = f"consisid:{asked}"
+    code, _, err = call(monkeypatch, capsys, "make-images", source, "--model", recipe, "--out", asked)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"--out {asked} cannot be made a folder" in err
+
+
+def test_prompts_of_a_table_with_an_index(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.csv").write_text(",text\n0,a dot\n")
+    code, _, err = call(
+        monkeypatch, capsys, "make-images", tmp_path / "p.csv", "--model", recipe, "--out", tmp_path / "f"
+    )
+    assert (code, [p.text for p in open_prompts(str(tmp_path / "f" / "prompts.jsonl"))]) == (0, ["a dot"]), err
+
+
 @pytest.mark.parametrize("lacking", ["train", "evaluation"])
 def test_a_model_that_animates_images_is_not_trained_without_them(
     monkeypatch: pytest.MonkeyPatch, recipe: Path, tmp_path: Path, lacking: str

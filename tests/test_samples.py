@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from dancegrpo import evaluate, load_config, train
+from dancegrpo import cli, evaluate, load_config, samples, train
 from dancegrpo.background import BackgroundWriter
-from dancegrpo.errors import CheckpointError, ConfigError
+from dancegrpo.errors import CheckpointError, ConfigError, MediaError, PromptError
 from dancegrpo.inference import draw
 from dancegrpo.media import grid, read_media, save_image, to_uint8
-from dancegrpo.prompts import open_prompts
+from dancegrpo.policies import Condition
+from dancegrpo.prompts import Prompt, open_prompts
 from dancegrpo.samples import write_samples
+from dancegrpo.trainer import Trainer
 from toy import ToyPolicy
 
 
@@ -202,6 +206,108 @@ def test_a_write_that_fails_ends_the_run_in_one_line(settings: dict, monkeypatch
     [run] = Path(settings["output"]).glob("toy*")
     assert json.loads((run / "run.json").read_text())["status"] == "failed"
     assert not (run / "samples" / "000000").exists() or names(run / "samples" / "000000") == []
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_write_that_fails_costs_no_iteration(settings: dict, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """The clips drawn after the first iteration fail while the second one runs."""
+    second, iterate, save_clip = threading.Event(), Trainer.iterate, samples.save_clip
+
+    def full(clip: Tensor, path: Path, fps: float) -> None:
+        if path.parent.name == "000001":
+            second.wait(10)
+            raise CheckpointError(f"cannot write {path}: No space left on device; free space")
+        save_clip(clip, path, fps)
+
+    def iterated(self: Trainer, iteration: int) -> dict:
+        if iteration == 1:
+            second.set()
+            self.writer._waiting.join()
+        return iterate(self, iteration)
+
+    judge = {"dark": lambda media, prompts: media.flatten(1).mean(dim=1)}
+    monkeypatch.setattr("dancegrpo.samples.save_clip", full)
+    monkeypatch.setattr(Trainer, "iterate", iterated)
+    with pytest.raises(CheckpointError, match=r"^cannot write .*000001/0\.webp: No space left"):
+        train(load_config(settings, [f"checkpoint.every={every}", "iterations=3"]), rewards=judge)
+    [run] = Path(settings["output"]).glob("toy*")
+    assert max((run / "checkpoints").iterdir()).name == "000002"
+    monkeypatch.setattr("dancegrpo.samples.save_clip", save_clip)
+    assert train(resume=run, rewards=judge).iterations == 3
+    assert [json.loads(line)["iteration"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert (run / "samples" / "000002" / "grid.png").is_file()
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_a_sample_with_nan_is_named_in_one_line(tmp_path: Path, frames: int) -> None:
+    media = torch.zeros(3, frames, 3, 4, 4)
+    media[1, -1, 0, 2, 3] = torch.nan
+    told = f"sample 1 of {tmp_path}: the samples hold NaN: look at the weights or model.dtype"
+    with pytest.raises(MediaError, match=f"^{re.escape(told)}$"), BackgroundWriter() as writer:
+        write_samples(media, tmp_path, fps=8, writer=writer)
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_sample_names_the_file_that_would_hold_nan(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(MovingToy):
+        def decode(self, latents: Tensor, condition: object) -> Tensor:
+            return super().decode(latents, condition) * torch.nan
+
+    monkeypatch.setattr("dancegrpo.inference.load_policy", lambda *_, **__: Broken(num_steps=4))
+    (tmp_path / "toy.yaml").write_text(json.dumps(settings))
+    with pytest.raises(MediaError, match=r"000-00\.mp4: the samples hold NaN: look at the weights or model\.dtype$"):
+        draw(str(tmp_path / "toy.yaml"), ["one dot"], count=1, seed=0, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class AnimatingToy(MovingToy):
+    """Tells what it was asked to animate."""
+
+    takes_image = True
+    asked: ClassVar[list[Prompt]] = []
+
+    def encode(self, prompts: list[Prompt]) -> Condition:
+        self.asked.extend(prompts)
+        return super().encode(prompts)
+
+
+def test_sample_animates_one_image_for_every_text(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dancegrpo.inference.load_policy", lambda *_, **__: AnimatingToy(num_steps=4))
+    monkeypatch.setattr(AnimatingToy, "asked", [])
+    (tmp_path / "toy.yaml").write_text(json.dumps(settings))
+    image = tmp_path / "first.png"
+    save_image(torch.rand(3, 4, 4), image)
+    words = ["sample", str(tmp_path / "toy.yaml"), "--prompt", "one", "--prompt", "two", "--count", "1"]
+    monkeypatch.setattr("sys.argv", ["dancegrpo", *words, "--image", str(image), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert [(prompt.text, prompt.image) for prompt in AnimatingToy.asked] == [("one", image), ("two", image)]
+    assert names(tmp_path / "out") == ["000-00.mp4", "001-00.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "texts", "image", "told"),
+    [
+        (AnimatingToy, ["one"], "gone.png", r"^--image .*gone\.png does not exist: name a picture file$"),
+        (AnimatingToy, ["one"], None, "^toy animates images: name the first frame with --image FILE$"),
+        (AnimatingToy, [], "there.png", r"^--image .*there\.png goes with --prompt: "),
+        (MovingToy, ["one"], "there.png", r"^--image .*there\.png would do nothing: toy animates no images, "),
+    ],
+)
+def test_sample_refuses_an_image_out_of_place(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy, texts, image, told
+) -> None:
+    monkeypatch.setattr("dancegrpo.inference.load_policy", lambda *_, **__: policy(num_steps=4))
+    (tmp_path / "toy.yaml").write_text(json.dumps(settings))
+    save_image(torch.rand(3, 4, 4), tmp_path / "there.png")
+    given = None if image is None else tmp_path / image
+    with pytest.raises(PromptError, match=told):
+        draw(str(tmp_path / "toy.yaml"), texts, count=1, seed=0, out=tmp_path / "out", image=given)
 
 
 def test_sample_writes_clips_in_the_form_asked_for(

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from dancegrpo import load_config, train
 from dancegrpo.errors import CheckpointError, ConfigError, RewardError
+from dancegrpo.rewards import FunctionReward
 from dancegrpo.run_folder import RunFolder
 from dancegrpo.trainer import Trainer, _resumed_config
+from toy import ToyPolicy
 
 TIMED = ("seconds/", "memory/")
 
@@ -194,6 +196,48 @@ def test_a_negative_prompt_that_would_do_nothing_is_refused(settings):
     settings["prompts"]["negative"] = "blurry"
     with pytest.raises(ConfigError, match=r"prompts\.negative='blurry' would do nothing"):
         train(load_config(settings))
+
+
+class TrueGuided(ToyPolicy):
+    """Guided by `true_cfg_scale`, as Qwen-Image is."""
+
+    settings = ("true_cfg_scale",)
+
+
+class TwoNetworks(ToyPolicy):
+    """Steps 0 and 1 go to one network, the others to another."""
+
+    def bucket(self, step: torch.Tensor) -> torch.Tensor:
+        return (step > 1).long()
+
+
+def test_an_idle_negative_prompt_names_the_scale_that_guides(settings, monkeypatch):
+    monkeypatch.setattr("dancegrpo.trainer.load_policy", lambda *_, **__: TrueGuided())
+    settings["prompts"]["negative"] = "blurry"
+    with pytest.raises(ConfigError, match=r"at model\.true_cfg_scale=1 uses no classifier-free guidance"):
+        Trainer(load_config(settings), {})
+
+
+def micro_batches(monkeypatch, settings, policy, **timesteps) -> tuple[int, str]:
+    """Of 4 samples and a micro-batch of 3: as derived, and as the plan says."""
+    monkeypatch.setattr("dancegrpo.trainer.load_policy", lambda *_, **__: policy(num_steps=6))
+    settings["rollout"] |= {"num_steps": 6, "timesteps": timesteps}
+    settings["update"] = {"updates_per_rollout": 2, "micro_batch_size": 3}
+    trainer = Trainer(load_config(settings), {"bright": FunctionReward(brightness, "bright")})
+    return trainer.derived()["micro_batches_per_update"], trainer.plan().split("pairs in ")[1].split(";")[0]
+
+
+def test_micro_batches_are_counted_bucket_by_bucket(settings, monkeypatch):
+    one = micro_batches(monkeypatch, settings, ToyPolicy, select="list", steps=[0, 1, 2])
+    assert one == (4, "4 micro-batches")  # 12 pairs
+    two = micro_batches(monkeypatch, settings, TwoNetworks, select="list", steps=[0, 1, 2])
+    assert two == (5, "5 micro-batches")  # 8 pairs of one network in 3, 4 of the other in 2
+
+
+def test_where_samples_draw_their_steps_micro_batches_are_bounded(settings, monkeypatch):
+    drawn = {"select": "random", "fraction": 0.6}
+    assert micro_batches(monkeypatch, settings, ToyPolicy, **drawn) == (4, "4 micro-batches")
+    assert micro_batches(monkeypatch, settings, TwoNetworks, **drawn) == (4, "at least 4 micro-batches")
 
 
 def test_a_resumed_run_may_ask_its_service_elsewhere_but_not_another_judge(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dancegrpo import cli
-from dancegrpo.errors import ConfigError
+from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.flux import FluxPolicy
 from dancegrpo.policies.stable_diffusion import StableDiffusionPolicy
 from dancegrpo.sde import FlowDynamics
@@ -19,6 +19,9 @@ from dancegrpo.validate import Check, Report, _checks, _config, _run, _subject, 
 from dancegrpo.validate.causes import affine
 from dancegrpo.validate.checks import equals_pipeline
 from tiny import TINY_SIZE, _t5_tokenizer, _vae, build_sd
+from tiny_hunyuan import IMAGE_TEMPLATE, TEMPLATE, build_hunyuan, build_hunyuan_i2v, build_skyreels
+from tiny_pictures import build_qwen_image, build_sd3, build_sdxl
+from tiny_wan import build_wan
 
 PORTING = Path(__file__).parents[1] / "docs" / "porting.md"
 CHECKS = {
@@ -133,6 +136,17 @@ class NotANumber(FluxPolicy):
         return torch.where((step == 2).reshape(-1, 1, 1), torch.nan, super().predict(x_t, step, condition))
 
 
+class NotANumberAtFour(FluxPolicy):
+    def predict(self, x_t, step, condition):
+        return torch.where((step == 4).reshape(-1, 1, 1), torch.nan, super().predict(x_t, step, condition))
+
+
+class TrainsOtherwiseAtFour(FluxPolicy):
+    def predict(self, x_t, step, condition):
+        out = super().predict(x_t, step, condition)
+        return torch.where((step == 4).reshape(-1, 1, 1), 2 * out, out) if torch.is_grad_enabled() else out
+
+
 class Unscaled(FluxPolicy):
     def _save_adapters(self, folder):
         held, self.model = (
@@ -219,6 +233,47 @@ def test_the_shipped_flux_passes() -> None:
     assert found(report, "replay").value.startswith("difference 0,")
 
 
+TWO = {"networks": ("transformer", "transformer_2"), "boundary_ratio": 0.7}
+FAMILIES = {
+    # what it is: (how it is built, its options, overrides)
+    "sdxl": (build_sdxl, {}, ["model.guidance_scale=5.0"]),
+    "sd3": (build_sd3, {}, ["model.guidance_scale=4.0"]),
+    "qwen-image": (build_qwen_image, {}, ["model.true_cfg_scale=4.0"]),
+    "hunyuan": (build_hunyuan, {}, [TEMPLATE]),
+    "hunyuan-i2v-replace": (build_hunyuan_i2v, {"kind": "token_replace"}, [IMAGE_TEMPLATE]),
+    "hunyuan-i2v-concat": (build_hunyuan_i2v, {"kind": "latent_concat"}, [IMAGE_TEMPLATE]),
+    "skyreels": (build_skyreels, {}, [TEMPLATE, "model.true_cfg_scale=4.0"]),
+    "wan": (build_wan, {}, []),
+    "wan-two": (build_wan, TWO, []),
+    "wan-5b": (build_wan, {"expand_timesteps": True}, []),
+    "wan-i2v": (build_wan, {"image": True, "clip": True}, []),
+    "wan-i2v-5b": (build_wan, {"image": True, "expand_timesteps": True}, []),
+}
+
+
+def checked(folder: Path, overrides: list, **size) -> Report:
+    told = [
+        value if isinstance(value, str) else f"model.prompt_template={value.model_dump_json(exclude_none=True)}"
+        for value in overrides
+    ]
+    return validate(str(folder), ["model.max_sequence_length=64", "threads=1", *told], device="cpu", **size)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes(tmp_path: Path, family: str) -> None:
+    build, options, overrides = FAMILIES[family]
+    if family == "sdxl":  # its tokenizers have a length of their own
+        overrides = [*overrides, "model.max_sequence_length=null"]
+    report = checked(build(tmp_path / "m", **options), overrides)
+    assert report.ok, as_table(report)
+    assert len(report.checks) == len(CHECKS)
+
+
+def test_two_networks_pass_where_every_sample_trains_steps_of_its_own(tmp_path: Path) -> None:
+    report = checked(build_wan(tmp_path / "m", **TWO), ["rollout.timesteps.fraction=0.5"], steps=8)
+    assert report.ok, as_table(report)
+
+
 def test_half_precision_is_judged_by_its_own_limits(tiny_flux_path: Path) -> None:
     report = flux(tiny_flux_path, dtype="bfloat16")
     assert report.ok, as_table(report)
@@ -243,6 +298,23 @@ def test_a_broken_policy_fails_the_right_check_with_its_cause(tiny_flux_path: Pa
     assert (failed.result, failed.step) == ("failed", step), failed
     assert re.search(cause, failed.cause), failed.cause
     assert "\n" not in failed.cause
+
+
+@pytest.mark.parametrize(("policy", "check"), [("NotANumberAtFour", "log-probs"), ("TrainsOtherwiseAtFour", "replay")])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_step_is_the_failing_samples_own(tiny_flux_path: Path, policy: str, check: str, seed: int) -> None:
+    """Where every sample trains other steps, a slot's are not the same in all of them."""
+    settings = [f"model.policy=test_validate:{policy}", "model.max_sequence_length=16", "threads=1"]
+    settings += ["rollout.timesteps.fraction=0.5"]
+    subject = _subject(_config(str(tiny_flux_path), settings, seed, {"device": "cpu", "steps": 8}))
+    failed = _run(CHECKS[check], _checks(subject)[CHECKS[check]])
+    assert (failed.result, failed.step) == ("failed", 4), failed
+
+
+def test_a_template_that_does_not_fit_is_said_so_by_every_check(tmp_path: Path) -> None:
+    wrong = IMAGE_TEMPLATE.model_copy(update={"image_emb_len": 9, "image_emb_end": 15})
+    report = checked(build_hunyuan_i2v(tmp_path / "m", "latent_concat"), [wrong])
+    assert all("set its image_emb_len" in check.cause for check in report.checks), as_table(report)
 
 
 def test_a_decoder_that_is_wrong_fails_no_other_check(tiny_flux_path: Path) -> None:
@@ -300,7 +372,7 @@ def test_table_and_exit_code_of_a_broken_model(monkeypatch, capsys, tiny_flux_pa
         (["{flux}", "model.policy=no_such_module:P"], "cannot be imported"),
         (["{flux}", "model.policy=test_validate:found"], "is no subclass of PipelinePolicy"),
         (["{flux}", "model.policy=nocolon"], "model.policy"),
-        (["{flux}", "--height", 17], "use"),
+        (["{flux}", "--height", 17], "model.height=17: sizes must be multiples of 4 for this pipeline, use 16"),
         (["{flux}", "--frames", 5], "model.num_frames=5 is not known to FluxPipeline"),
         (["{flux}", "--dtype", "float12"], "model.dtype"),
     ],
@@ -387,10 +459,16 @@ def test_the_pages_first_try_fails_as_the_page_says(aura_path: Path, tmp_path: P
 
 
 def test_a_pipeline_without_a_policy_is_told_how_to_get_one(aura_path: Path) -> None:
-    from dancegrpo.errors import ModelError
-
     with pytest.raises(ModelError, match=r"is a AuraFlowPipeline, .* policy of your own \(model.policy"):
         validate(str(aura_path))
+
+
+def test_a_setting_is_refused_for_a_checkpoint_without_its_first_network(tmp_path: Path) -> None:
+    path = build_wan(tmp_path / "m", networks=("transformer_2",), boundary_ratio=1.0)
+    with pytest.raises(ConfigError, match=r"true_cfg_scale=2\.0 is not known to WanPipeline"):
+        validate(str(path), ["model.true_cfg_scale=2.0"])
+    with pytest.raises(ModelError, match="has no transformer, which the first step needs"):
+        validate(str(path))
 
 
 def test_a_settings_error_is_not_taken_for_a_size(tiny_flux_path: Path) -> None:

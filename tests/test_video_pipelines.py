@@ -91,7 +91,8 @@ def test_the_words_matter(pipeline):
 
 def test_latents_have_unit_variance(pipeline):
     animates = "Image" in type(pipeline).__name__
-    latents = encode_clips(pipeline.vae, film(40, 99, first_frames=animates).frames)[0] * pipeline.vae.config.scaling_factor
+    frames = film(40, 99, first_frames=animates).frames
+    latents = encode_clips(pipeline.vae, frames)[0] * pipeline.vae.config.scaling_factor
     assert latents.square().mean().item() == pytest.approx(1.0, abs=0.15)
 
 

@@ -142,17 +142,6 @@ def test_the_second_network_has_a_guidance_of_its_own(folders) -> None:
     assert not torch.equal(ours, by_diffusers(pipeline, "t2v", start, "latent"))
 
 
-def test_a_checkpoint_of_the_second_network_alone_runs_where_it_is_asked_for_all_steps(folders, tmp_path) -> None:
-    path = build_wan(tmp_path / "m", networks=("transformer_2",), boundary_ratio=1.0)
-    assert json.loads((path / "model_index.json").read_text())["transformer"] == [None, None]
-    policy, whole = policy_of(path), policy_of(build_wan(tmp_path / "n"))
-    assert policy.bucket(torch.arange(STEPS)).tolist() == [1] * STEPS
-    assert set(policy.trainable()) == set(whole.trainable())
-    start = noise(policy, 2)
-    told = prompts("t2v", *TEXTS[:2])
-    assert torch.equal(sample(policy, policy.encode(told), start), sample(whole, whole.encode(told), start))
-
-
 def test_without_a_shift_of_its_own_a_run_has_the_checkpoints(tmp_path: Path) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -243,6 +232,17 @@ def test_condition_ids_tell_text_from_image_and_sizes_apart(folders) -> None:
     ids |= {policy_of(folders["i2v-clip"], **{name: 16}).condition_id for name in ("height", "width")}
     ids |= {untouched(folders["i2v-clip"], num_frames=9).condition_id, untouched(folders["t2v"]).condition_id}
     assert len(ids) == 6
+
+
+def test_condition_ids_tell_what_the_networks_read_of_an_image_apart(folders, tmp_path: Path) -> None:
+    """The same encoders, and other transformers: CLIP's states, a clip's latents, or one frame's."""
+    ids = {untouched(folders["i2v-clip"]).condition_id}
+    for kind, expand in (("i2v-two", False), ("i2v-5b", True)):
+        path = edited(folders["i2v-clip"], tmp_path / kind, expand_timesteps=expand)
+        shutil.rmtree(path / "transformer")
+        shutil.copytree(folders[kind] / "transformer", path / "transformer")
+        ids.add(policy_of(path).condition_id)
+    assert len(ids) == 3
 
 
 def test_a_batch_of_both_networks_is_refused(folders) -> None:
@@ -389,11 +389,12 @@ def message(kind: type[DanceError], path: Path, **settings: object) -> str:
     [
         ("t2v", {"num_frames": 7}, "model.num_frames=7 must be a multiple of 4 plus 1 for this pipeline: use 9"),
         ("t2v", {"num_frames": 6}, "use 5"),
-        ("t2v", {"height": 40}, "model size 32x40 must be multiples of 16 for this pipeline: use 32x32"),
-        ("i2v-clip", {"width": 8}, "use 16x32"),
+        ("t2v", {"height": 40}, "model.height=40: sizes must be multiples of 16 for this pipeline, use 32"),
+        ("i2v-clip", {"height": 40, "width": 8}, "model.height=40 and model.width=8: sizes"),
         ("t2v", {"guidance_scale_2": 3.0}, "model.guidance_scale_2=3.0 is for a second network"),
         ("t2v-two", {"guidance_scale_2": 3.0, "guidance_scale": 1.0}, "guidance_scale_2=3.0 does nothing"),
         ("t2v", {"true_cfg_scale": 2.0}, "model.true_cfg_scale=2.0 is not known to WanPipeline"),
+        ("i2v-5b", {"num_frames": 2}, "model.num_frames=2 must be a multiple of 4 plus 1 for this pipeline: use 5"),
         ("i2v-5b", {"num_frames": 1}, "model.num_frames=1 is the given picture alone here: use 5 or more"),
     ],
 )
@@ -421,7 +422,7 @@ def edited(path: Path, to: Path, **index: object) -> Path:
         ("t2v", {"_class_name": "WanImageToVideoPipeline"}, "maps 4 channels to 4, image-to-video needs 12 to 4"),
         ("t2v-two", {"boundary_ratio": None}, "has a transformer_2, but no boundary_ratio"),
         ("t2v-two", {"transformer_2": [None, None]}, "has no transformer_2, which steps 2 to 3 need"),
-        ("t2v-two", {"transformer": [None, None]}, "has no transformer, which steps 0 to 1 need"),
+        ("t2v-two", {"transformer": [None, None]}, "has no transformer, which the first step needs"),
         ("i2v-clip", {"image_encoder": [None, None]}, "has no image_encoder"),
     ],
 )
@@ -441,6 +442,6 @@ def test_a_text_encoder_of_another_model_is_refused(tmp_path: Path) -> None:
     assert "gives 16 channels" in message(ModelError, build_wan(tmp_path / "m", text_dim=24))
 
 
-def test_adapters_that_diffusers_could_not_load_are_refused(tmp_path: Path) -> None:
+def test_the_second_network_alone_is_refused_as_pure_noise_is_never_its_own(tmp_path: Path) -> None:
     path = build_wan(tmp_path / "m", networks=("transformer_2",), boundary_ratio=1.0)
-    assert "diffusers loads no adapters" in message(ConfigError, path, lora=LORA)
+    assert "has no transformer, which the first step needs" in message(ModelError, path)

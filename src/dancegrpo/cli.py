@@ -86,12 +86,15 @@ def sample(
         Literal["png", "webp", "mp4"] | None,
         typer.Option("--format", help="By default png for pictures, mp4 for clips; webp holds both without loss."),
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="The picture that an image-to-video model animates, for every --prompt.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw pictures or clips with the deterministic sampler, from a run's newest weights or a recipe's base."""
     from dancegrpo.inference import draw
 
-    files = draw(source, list(prompt or []), count=count, seed=seed, out=out, form=form)
+    files = draw(source, list(prompt or []), count=count, seed=seed, out=out, form=form, image=image)
     _print({"files": [str(file) for file in files]}, "\n".join(map(str, files)), as_json)
 
 

@@ -134,7 +134,7 @@ class PromptsConfig(Frozen):
     negative: str = ""
     """Negative prompt for classifier-free guidance, where a prompt brings none of its own."""
     cache_mb: Count = 1000
-    """Bound of the on-disk cache of text conditions under `output`, in megabytes; 0 = no cache."""
+    """Bound of the on-disk cache of conditions (encoded texts and images) under `output`, in MB; 0 = no cache."""
 
     def reading(self) -> dict[str, Any]:
         """How records become prompts: the arguments of `open_prompts` beside the source."""

@@ -80,8 +80,14 @@ def reward_metrics(scores: Mapping[str, Scores], advantage: Advantage, group: Te
     }
 
 
+def restart_peak(device: torch.device) -> None:
+    """Counts `peak_memory_mb` from now on; the peak of a process's resident memory cannot be counted anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak of the accelerator's allocator, or of the process's resident memory on the CPU, in MB."""
+    """Peak in MB: of CUDA's allocator since `restart_peak`, elsewhere of the process's resident memory so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     import resource

@@ -14,9 +14,9 @@ from torch import Tensor
 from dancegrpo import evaluate
 from dancegrpo.checkpoint import Checkpoint, load_latest
 from dancegrpo.config import RunConfig, diff_configs, load_config
-from dancegrpo.errors import CheckpointError, ConfigError
+from dancegrpo.errors import CheckpointError, ConfigError, PromptError
 from dancegrpo.health import use_threads
-from dancegrpo.media import save_image
+from dancegrpo.media import require_numbers, save_image
 from dancegrpo.policies import ModelCard, Policy, load_policy
 from dancegrpo.prompts import Prompt, open_prompts
 from dancegrpo.rewards import load_judges
@@ -78,18 +78,33 @@ def _load_weights(policy: Policy, checkpoint: Checkpoint, *, ema: bool) -> None:
 
 
 def draw(
-    source: str, texts: Sequence[str], *, count: int, seed: int, out: Path, form: Form | None = None
+    source: str,
+    texts: Sequence[str],
+    *,
+    count: int,
+    seed: int,
+    out: Path,
+    form: Form | None = None,
+    image: Path | None = None,
 ) -> list[Path]:
     """`count` samples of each text (of four held-out prompts where none is given), as out/PROMPT-NUMBER.SUFFIX.
 
     form: PNG or WebP for pictures, mp4 or WebP for clips, the first of each by default; PNG and WebP lose nothing.
-    Raises ConfigError for a form that cannot hold what the model makes.
+    image: the picture from which an image-to-video model animates every text. Raises ConfigError for a form that cannot
+    hold what the model makes, PromptError for an image that is missing or out of place, MediaError for media with NaN.
     """
+    if image is not None and not texts:
+        raise PromptError(
+            f"--image {image} goes with --prompt: held-out prompts have images of their own, leave it away"
+        )
+    if image is not None and not image.is_file():
+        raise PromptError(f"--image {image} does not exist: name a picture file")
     trained = load_trained(source)
     config = trained.config
     form = _form(form, config.model.num_frames)
     if texts:
-        prompts = [Prompt(number, text, config.prompts.negative) for number, text in enumerate(texts)]
+        _match_image(image, trained)
+        prompts = [Prompt(number, text, config.prompts.negative, image) for number, text in enumerate(texts)]
     else:
         source_of = config.prompts.evaluation or config.prompts.train
         known = open_prompts(source_of, **config.prompts.reading())
@@ -98,8 +113,17 @@ def draw(
     files = [out / f"{index // count:03d}-{index % count:02d}.{form}" for index in range(len(repeated))]
     media = evaluate.pictures(trained.policy, repeated, seed=seed, batch_size=config.evaluation.batch_size)
     for file, frames in zip(files, (sample for _, batch in media for sample in batch), strict=True):
+        require_numbers(frames, str(file))
         _save(frames, file, config.model.fps)
     return files
+
+
+def _match_image(image: Path | None, trained: Trained) -> None:
+    path, wanted = trained.config.model.path, trained.policy.takes_image
+    if wanted and image is None:
+        raise PromptError(f"{path} animates images: name the first frame with --image FILE")
+    if not wanted and image is not None:
+        raise PromptError(f"--image {image} would do nothing: {path} animates no images, leave it away")
 
 
 def _form(form: Form | None, num_frames: int) -> Form:

@@ -29,6 +29,12 @@ def to_uint8(picture: Tensor) -> Tensor:
     return (values.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def require_numbers(sample: Tensor, name: str) -> None:
+    """Raises MediaError where a model's sample holds NaN. name: how the user knows it."""
+    if torch.isnan(sample).any():
+        raise MediaError(f"{name}: the samples hold NaN: look at the weights or model.dtype")
+
+
 def grid(pictures: Sequence[Tensor], columns: int, padding: int = 2, background: float = 1.0) -> Tensor:
     """Equal pictures (3, H, W), row by row -> one (3, rows*(H+padding)-padding, columns*(W+padding)-padding).
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dancegrpo.errors import PromptError
-from dancegrpo.prompts import Fields, Prompt, PromptSource, Selection
+from dancegrpo.prompts import Fields, MereText, Prompt, PromptSource, Selection
 
 Record = tuple[int, Mapping[str, Any]]
 """The line a record starts at, and its fields."""
@@ -31,7 +31,12 @@ class RecordFile(PromptSource):
                     selection.offer(start, record, f"{path} {place}")
         except OSError as error:
             raise PromptError(f"cannot read prompts from {path}: {error.strerror or error}") from error
-        self._starts = selection.positions(str(path))
+        self._starts, self._imageless = selection.positions(str(path)), selection.first_without_image
+
+    @property
+    def first_without_image(self) -> str | None:
+        """See `PromptSource`."""
+        return self._imageless
 
     @abstractmethod
     def _scan(self, file: BinaryIO) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
@@ -101,7 +106,7 @@ class TextFile(RecordFile):
         """The records from where `lines` stands; takes no line beyond a record before handing that record out."""
         for line in lines:
             if text := line.strip():
-                yield lines.number, {self._fields.column: text}
+                yield lines.number, MereText({self._fields.column: text})
 
 
 class JsonlFile(TextFile):
@@ -123,7 +128,10 @@ class JsonlFile(TextFile):
 
 
 class CsvFile(TextFile):
-    """Comma-separated with a header; cells in quotes may hold line breaks. An empty cell is a field that is absent."""
+    """Comma-separated with a header; cells in quotes may hold line breaks. An empty cell is a field that is absent.
+
+    A column without a name is left out: pandas writes its index as one.
+    """
 
     _header: Sequence[str] = ()
 
@@ -131,7 +139,7 @@ class CsvFile(TextFile):
         line, row = next(self._rows(lines), (1, []))
         self._header = [name.strip() for name in row]
         if row and self._fields.column not in self._header:
-            raise PromptError(f"{self._path} line {line} {self._fields.missing(self._header)}")
+            raise PromptError(f"{self._path} line {line} {self._fields.missing(filter(None, self._header))}")
 
     def _rows(self, lines: _Lines) -> Iterator[tuple[int, list[str]]]:
         reader = csv.reader(lines, strict=True)
@@ -147,12 +155,13 @@ class CsvFile(TextFile):
                 yield line, row
 
     def _records(self, lines: _Lines) -> Iterator[Record]:
+        column = self._fields.column
         for line, row in self._rows(lines):
             if len(row) > (columns := len(self._header)):
                 found = f"has {len(row)} cells for {columns} columns"
                 raise PromptError(f"{self._path} line {line} {found}: put quotes around cells with commas")
             cells = dict(zip(self._header, row, strict=False))
-            yield line, {name: cell for name, cell in cells.items() if cell or name == self._fields.column}
+            yield line, {name: cell for name, cell in cells.items() if name and (cell or name == column)}
 
 
 class JsonFile(RecordFile):
@@ -172,7 +181,7 @@ class JsonFile(RecordFile):
         except (ValueError, RecursionError) as error:
             raise PromptError(f"{self._path} {place} is not JSON in UTF-8: {error}") from error
         if isinstance(record, str):
-            return {self._fields.column: record}
+            return MereText({self._fields.column: record})
         if not isinstance(record, dict):
             raise PromptError(f"{self._path} {place} is neither a text nor an object: write a list of one of them")
         return record

@@ -30,11 +30,8 @@ def find_image(value: Any, folder: Path, where: str, *, by_name: bool = False) -
     by_name: a path that leads nowhere is looked up in `folder` by its file name alone. None for no image. Raises
     PromptError, which starts with `where`, for anything else and for a file that does not exist.
     """
-    if isinstance(value, Mapping) and {"bytes", "path"} >= value.keys():
-        value = value.get("bytes") or value.get("path")
-    if value is None or value == "":
-        return None
-    if isinstance(value, bytes):
+    value = held(value)
+    if value is None or isinstance(value, bytes):
         return value
     if isinstance(value, str):
         paths = [folder / value, folder / Path(value).name] if by_name else [folder / value]
@@ -45,6 +42,13 @@ def find_image(value: Any, folder: Path, where: str, *, by_name: bool = False) -
     raise PromptError(f"{where}: image {shown} is not a file: give a path, relative ones start at {folder}")
 
 
+def held(value: Any) -> Any:
+    """A record's image without the wrapping of the `datasets` library; None where nothing is held."""
+    if isinstance(value, Mapping) and {"bytes", "path"} >= value.keys():
+        value = value.get("bytes") or value.get("path")
+    return None if value == "" else value
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -53,11 +57,11 @@ def _is_file(path: Path) -> bool:
 
 
 def check_image(image: Reference, where: str) -> None:
-    """Reads a picture's header, and a PNG's checksums. Raises PromptError that names the file."""
+    """Reads a picture's header, and a PNG's checksums, or a clip's header. Raises PromptError that names the file."""
     from PIL import Image
 
-    if is_clip(image):
-        return
+    if isinstance(image, Path) and is_clip(image):
+        return _check_clip(image, where)
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
             picture.verify()
@@ -85,6 +89,17 @@ def open_image(image: Reference, where: str) -> Path | Image:
 def is_clip(image: Reference) -> bool:
     """Whether a reference is a video, by its suffix."""
     return isinstance(image, Path) and image.suffix.lower() in CLIPS
+
+
+def _check_clip(path: Path, where: str) -> None:
+    import av
+
+    try:
+        with av.open(str(path)) as clip:
+            if not clip.streams.video:
+                raise ValueError("no video in it")
+    except (OSError, ValueError, IndexError) as error:
+        raise _unreadable(path, where, error) from error
 
 
 def _first_frame(path: Path, where: str) -> Image:

@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from dancegrpo.errors import PromptError
 from dancegrpo.prompt_images import CHECKED, PICTURES, check_image
 from dancegrpo.prompts import PUBLISHED, Fields, Prompt, PromptSource, open_records
@@ -40,31 +38,45 @@ def open_published(name: str, source: str, fields: Fields) -> PromptSource:
 
 
 class Joined(PromptSource):
-    """Several sources one after the other; a prompt's part is its `task`, for which evaluations give a mean."""
+    """Several sources one after the other; a prompt's part is its `task`, for which evaluations give a mean.
+
+    What an earlier part asks for is left out of the later ones, as `prompts.unique` does within a source.
+    """
 
     def __init__(self, parts: dict[str, PromptSource]) -> None:
         self._names, self._parts = list(parts), list(parts.values())
-        self._ends = np.cumsum([len(part) for part in self._parts])
+        first: dict[tuple[str, ...], tuple[int, int]] = {}
+        for number, part in enumerate(self._parts):
+            for place, prompt in enumerate(part):
+                first.setdefault((prompt.text.strip(), *prompt.request()[1:]), (number, place))
+        self._places = list(first.values())
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._places)
+
+    @property
+    def first_without_image(self) -> str | None:
+        """See `PromptSource`."""
+        return next(filter(None, (part.first_without_image for part in self._parts)), None)
 
     def __getitem__(self, index: int) -> Prompt:
         self.check_index(index)
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        start = int(self._ends[number - 1]) if number else 0
-        prompt = self._parts[number][index - start]
+        number, place = self._places[index]
+        prompt = self._parts[number][place]
         return replace(prompt, id=index, metadata={"task": self._names[number], **prompt.metadata})
 
 
 class ImageFolder(PromptSource):
     """A folder of pictures in the order of their names, each with its text in a .txt file of the same stem.
 
-    Pictures without a text of their own share the folder's `prompt.txt`.
+    Pictures without a text of their own share the folder's `prompt.txt`. `unique` leaves out those whose text is empty;
+    `at_most` is refused, for there is nothing to compare.
     """
 
     def __init__(self, folder: Path, fields: Fields) -> None:
         self._folder, self._fields = folder, fields
+        if fields.at_most:
+            raise PromptError(f"images:{folder} has no fields to compare: take prompts.at_most out")
         if not folder.is_dir():
             raise PromptError(f"images:{folder} is not a folder: name one with pictures in it")
         self._names: Sequence[str] = sorted(
@@ -72,6 +84,10 @@ class ImageFolder(PromptSource):
         )
         if not self._names:
             raise PromptError(f"images:{folder} holds no pictures: use {', '.join(PICTURES)}")
+        if fields.unique:
+            self._names = [name for name in self._names if self._text(folder / name)]
+            if not self._names:
+                raise PromptError(f"images:{folder} holds no prompts: write at least one")
         for index in range(len(self._names)):
             prompt = self[index]
             if index < CHECKED and isinstance(prompt.image, Path):
@@ -80,22 +96,32 @@ class ImageFolder(PromptSource):
     def __len__(self) -> int:
         return len(self._names)
 
+    @property
+    def first_without_image(self) -> None:
+        """See `PromptSource`."""
+        return
+
     def __getitem__(self, index: int) -> Prompt:
         self.check_index(index)
         picture = self._folder / self._names[index]
+        text = self._text(picture)
+        if not text:
+            raise PromptError(f"{self._text_file(picture)} is empty: write the text of {picture.name} into it")
+        return Prompt(index, text, self._fields.negative, picture)
+
+    def _text_file(self, picture: Path) -> Path:
         own = picture.with_suffix(".txt")
-        file = own if own.is_file() else self._folder / COMMON_TEXT
+        return own if own.is_file() else self._folder / COMMON_TEXT
+
+    def _text(self, picture: Path) -> str:
+        file = self._text_file(picture)
         try:
             # A caption may be wrapped: its lines are one text.
-            text = " ".join(file.read_text(encoding="utf-8-sig").split())
+            return " ".join(file.read_text(encoding="utf-8-sig").split())
         except FileNotFoundError as error:
-            raise PromptError(
-                f"{picture} has no text: write {own.name}, or {COMMON_TEXT} for all, beside it"
-            ) from error
+            own = picture.with_suffix(".txt").name
+            raise PromptError(f"{picture} has no text: write {own}, or {COMMON_TEXT} for all, beside it") from error
         except OSError as error:
             raise PromptError(f"cannot read prompts from {file}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
             raise PromptError(f"{file} is not UTF-8 text: save the file as UTF-8") from error
-        if not text:
-            raise PromptError(f"{file} is empty: write the text of {picture.name} into it")
-        return Prompt(index, text, self._fields.negative, picture)

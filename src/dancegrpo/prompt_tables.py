@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,9 @@ import numpy as np
 from dancegrpo.errors import PromptError
 from dancegrpo.prompt_images import CHECKED, check_image, find_image
 from dancegrpo.prompts import Fields, Prompt, PromptSource, Selection
+
+_BATCH = 1024
+"""Rows that are looked at together."""
 
 
 class ParquetFile(PromptSource):
@@ -33,11 +37,13 @@ class ParquetFile(PromptSource):
             self._groups = np.cumsum(
                 [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
             )
+            plain = [column.name for column in self._file.schema_arrow if _plain(column.type)]
+            _require_text(str(path), fields, self._file.schema_arrow.names, plain)
             self._embedded = any(c.name == fields.image and not _plain(c.type) for c in self._file.schema_arrow)
             with tempfile.NamedTemporaryFile(suffix=".arrow") as spool:
                 self._ends = self._unpack(spool.name, selection)
                 self._batches = pa.ipc.open_file(pa.memory_map(spool.name))
-            self._rows = selection.positions(str(path))
+            self._rows, self._imageless = selection.positions(str(path)), selection.first_without_image
             if self._embedded:
                 self._check_images()
         except (pa.ArrowException, OSError) as error:
@@ -58,7 +64,7 @@ class ParquetFile(PromptSource):
         pictures = [self._fields.image] if self._embedded and self._fields.unique else []
         ends, rows = [], 0
         with pa.OSFile(target, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            size = 64 if pictures else 1024
+            size = 64 if pictures else _BATCH
             for batch in self._file.iter_batches(size, columns=[*schema.names, *pictures]):
                 for row, record in enumerate(batch.to_pylist(), rows):
                     selection.offer(row, _present(record, self._fields.column), f"{self._path} row {row + 1}")
@@ -78,6 +84,28 @@ class ParquetFile(PromptSource):
             rows += batch.num_rows
             if rows > max(wanted):
                 return
+
+    @property
+    def first_without_image(self) -> str | None:
+        """See `PromptSource`. Of images that lie in the file, only what may hold a null is read, and only now."""
+        if not self._embedded:
+            return self._imageless
+        row = _first_lacking(self._doubtful(), self._rows)
+        return None if row is None else f"{self._path} row {row + 1}"
+
+    def _doubtful(self) -> Iterator[tuple[int, Any]]:
+        """The image column, batch by batch with its first row, of the row groups whose statistics count nulls."""
+        name = self._fields.image
+        for group, end in enumerate(self._groups.tolist()):
+            held = self._file.metadata.row_group(group)
+            leaves = [held.column(i) for i in range(held.num_columns)]
+            counts = [leaf.statistics for leaf in leaves if leaf.path_in_schema.partition(".")[0] == name]
+            if any(count is not None and count.has_null_count and count.null_count == 0 for count in counts):
+                continue  # in no row all of the parts are missing
+            row = end - held.num_rows
+            for batch in self._file.iter_batches(64, row_groups=[group], columns=[name]):
+                yield row, batch.column(0)
+                row += batch.num_rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -110,25 +138,38 @@ class HubDataset(PromptSource):
             _missing_extra(f"reading hf:{name}", "datasets", error)
         self._name, self._fields = f"hf:{name}:{split}", fields
         try:
-            rows = datasets.load_dataset(name, split=split)
+            with _no_progress_bars():
+                rows = datasets.load_dataset(name, split=split)
         except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
             raise PromptError(f"cannot load {self._name}: {_first_line(error)}") from error
         plain = [column.name for column in rows.features.arrow_schema if _plain(column.type)]
-        pictures = [fields.image] if fields.image in rows.features and fields.image not in plain else []
+        _require_text(self._name, fields, rows.column_names, plain)
+        self._embedded = fields.image in rows.features and fields.image not in plain
+        pictures = [fields.image] if self._embedded else []
         if pictures and isinstance(rows.features[fields.image], datasets.Image):
             # Undecoded: the bytes or the path, of which only what is asked for is opened.
             rows = rows.cast_column(fields.image, datasets.Image(decode=False))
         self._table = rows.select_columns([*plain, *pictures])
         scanned = self._table if fields.unique else rows.select_columns(plain)
         selection, first = Selection(fields), 0
-        for batch in scanned.iter(64 if pictures and fields.unique else 1024):
+        for batch in scanned.iter(64 if pictures and fields.unique else _BATCH):
             records = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
             for row, record in enumerate(records, first):
                 selection.offer(row, _present(record, fields.column), f"{self._name} row {row + 1}")
             first += len(records)
-        self._rows = selection.positions(self._name)
+        self._rows, self._imageless = selection.positions(self._name), selection.first_without_image
         for index in range(min(CHECKED, len(self)) if pictures else 0):
             fields.prompt(index, self._record(index), self._where(index), opening=True)
+
+    @property
+    def first_without_image(self) -> str | None:
+        """See `PromptSource`. Of images that lie in the dataset, only whether they are null is read, and only now."""
+        if not self._embedded:
+            return self._imageless
+        tables = self._table.select_columns([self._fields.image]).with_format("arrow").iter(_BATCH)
+        parts = ((number * _BATCH, table.column(0)) for number, table in enumerate(tables))
+        row = _first_lacking(parts, self._rows)
+        return None if row is None else f"{self._name} row {row + 1}"
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -157,6 +198,42 @@ def _plain(kind: Any) -> bool:
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return False
     return all(_plain(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _first_lacking(parts: Iterable[tuple[int, Any]], rows: np.ndarray) -> int | None:
+    """The first of `rows` without an image. parts: of the column of images, in Arrow's form, with their first row."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for start, column in parts:
+        lacking = np.asarray(column.is_null())
+        if pa.types.is_struct(column.type):
+            names = range(column.type.num_fields)
+            lacking = np.logical_and.reduce([np.asarray(pc.struct_field(column, [i]).is_null()) for i in names])
+        found = np.intersect1d((start + np.flatnonzero(lacking)).astype(rows.dtype), rows)
+        if len(found):
+            return int(found[0])
+    return None
+
+
+def _require_text(name: str, fields: Fields, columns: Iterable[str], plain: Iterable[str]) -> None:
+    """Raises PromptError where no column that can hold text is the one of the prompts."""
+    if fields.column not in plain:
+        raise PromptError(f"{name} {fields.missing(other for other in columns if other != fields.column)}")
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keeps the bars of `datasets` off the standard error, where a command has one line."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _present(record: Mapping[str, Any], column: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dancegrpo.errors import PromptError
-from dancegrpo.prompt_images import CHECKED, check_image, find_image, open_image
+from dancegrpo.prompt_images import CHECKED, check_image, find_image, held, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,24 +78,34 @@ class PromptSource(ABC):
     def __iter__(self) -> Iterator[Prompt]:
         return (self[index] for index in range(len(self)))
 
+    @property
+    def first_without_image(self) -> str | None:
+        """Where the first prompt without a reference image stands, as "FILE line 3"; None where each has one."""
+        return next((f"prompt {prompt.id}" for prompt in self if prompt.image is None), None)
+
     def check_index(self, index: int) -> None:
         """Raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
 
 
+class MereText(dict[str, Any]):
+    """The record of a line or a string, which never had a field but its text: `prompts.at_most` takes it whole."""
+
+
 @dataclass(frozen=True)
 class Fields:
     """How a record becomes a prompt: `column` holds the text, `image` its image; `negative`, `metadata` are so named.
 
-    negative: for records that bring none of their own. folder: what relative image paths start from; by_name: there
-    they may also be found by their file name alone. unique, at_most: which records are left out, see `open_prompts`.
+    negative: for records that bring none of their own. image: None = images are not looked at. folder: what relative
+    paths of them start from; by_name: there they may also be found by their file name alone. unique, at_most: which
+    records are left out, see `open_prompts`.
     """
 
     column: str = "text"
     negative: str = ""
     folder: Path = Path()
-    image: str = "image"
+    image: str | None = "image"
     by_name: bool = False
     unique: bool = False
     at_most: Mapping[str, float] = field(default_factory=dict)
@@ -122,14 +132,18 @@ class Fields:
             # GenEval's records call it `tag`; evaluations give a rate for each `task`.
             metadata["task"] = metadata["tag"]
         own = self.negative if negative is None else negative
-        return Prompt(index, text, own, self._image(index, record.get(self.image), where, opening), metadata)
+        return Prompt(index, text, own, self._image(index, self.reference(record), where, opening), metadata)
+
+    def reference(self, record: Mapping[str, Any]) -> Any:
+        """What a record's image field holds; None without one."""
+        return None if self.image is None else record.get(self.image)
 
     def wanted(self, record: Mapping[str, Any], where: str) -> bool:
         """Whether `at_most`, and for empty texts `unique`, leave a record in. PromptError where it cannot be said."""
         if self.unique and self.column in record and not str(record[self.column] or "").strip():
             return False
-        if record.keys() <= {self.column}:
-            return True  # a list of mere texts has nothing to compare
+        if isinstance(record, MereText):
+            return True
         return all(self._number(record, name, where) <= bound for name, bound in self.at_most.items())
 
     def _number(self, record: Mapping[str, Any], name: str, where: str) -> float:
@@ -137,14 +151,15 @@ class Fields:
             return float(record[name])
         except KeyError:
             had = ", ".join(record)
-            raise PromptError(f"{where} has no field {name!r} (it has {had}): mend prompts.at_most") from None
+            told = f"{where} has no field {name!r} (it has {had})"
+            raise PromptError(f"{told}: mend prompts.at_most, or give the record its number") from None
         except (TypeError, ValueError):
             told = f"{where}: {name}={record[name]!r} is not a number"
             raise PromptError(f"{told}: prompts.at_most compares numbers") from None
 
     def key(self, record: Mapping[str, Any]) -> int:
         """64 bits that two records share if they ask for the same: text, negative and image."""
-        told = repr((str(record[self.column]).strip(), record.get("negative"), record.get(self.image)))
+        told = repr((str(record[self.column]).strip(), record.get("negative"), self.reference(record)))
         return int.from_bytes(hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
     def missing(self, names: Iterable[str]) -> str:
@@ -177,9 +192,13 @@ class Fields:
 
 
 class Selection:
-    """The positions of the records that `fields` leaves in, 8 bytes each, in their order; each record is checked."""
+    """The positions of the records that `fields` leaves in, 8 bytes each, in their order; each record is checked.
+
+    first_without_image: the place of the first of them that has none.
+    """
 
     def __init__(self, fields: Fields) -> None:
+        self.first_without_image: str | None = None
         self._fields, self._positions, self._keys = fields, array("Q"), array("Q")
 
     def offer(self, position: int, record: Mapping[str, Any], where: str) -> None:
@@ -187,6 +206,8 @@ class Selection:
         if not self._fields.wanted(record, where):
             return
         self._fields.prompt(len(self._positions), record, where, opening=True)
+        if self.first_without_image is None and held(self._fields.reference(record)) is None:
+            self.first_without_image = where
         self._positions.append(position)
         if self._fields.unique:
             self._keys.append(self._fields.key(record))
@@ -220,6 +241,8 @@ class PromptList(PromptSource):
 
 PUBLISHED = {"hpd": "prompt", "pickapic": "caption", "vidprom": "prompt", "consisid": "cap"}
 """Public prompt sets, and the field that holds the text in each; `prompt_sets` says more."""
+SHAPES = ("shapes", "shapes-video", "shapes-i2v", "shapes-t2i")
+"""Worlds of drawn prompts."""
 
 
 def open_prompts(
@@ -227,7 +250,7 @@ def open_prompts(
     *,
     column: str = "text",
     negative: str = "",
-    image: str = "image",
+    image: str | None = "image",
     images: str | None = None,
     unique: bool = False,
     at_most: Mapping[str, float] | None = None,
@@ -239,13 +262,14 @@ def open_prompts(
     and `consisid:` before a file or a dataset read it as that prompt set is published (see `prompt_sets`).
 
     column: the field that holds the text (not in .txt). negative: for prompts that bring no negative one of their own.
-    image: the field that holds the reference image. images: the folder its paths start from, or lie in by their file
-    names alone; None = the prompt file's. unique: leave out empty texts and repeated prompts. at_most: leave out
-    records in which one of these fields exceeds its bound.
+    image: the field that holds the reference image; None = none does. images: the folder its paths start from, or lie
+    in by their file names alone; None = the prompt file's. unique: leave out empty texts and repeated prompts.
+    at_most: leave out records in which one of these fields exceeds its bound; mere texts (the lines of .txt, the
+    strings of a JSON list) are taken whole, a record that lacks a field is refused.
     Every record is checked now; raises PromptError, one line with file and line, for the first one that is unusable.
     """
     kind, colon, rest = source.partition(":")
-    if colon and kind in ("shapes", "shapes-video", "shapes-i2v", "shapes-t2i"):
+    if kind in SHAPES:
         return _shapes(kind, rest, negative)
     folder = None if images is None else Path(images).expanduser()
     if folder is not None and not folder.is_dir():
@@ -254,6 +278,7 @@ def open_prompts(
     if colon and kind in PUBLISHED:
         from dancegrpo.prompt_sets import open_published
 
+        _require_name(kind, rest, "FILE")
         return open_published(kind, rest, fields)
     return open_records(source, fields)
 
@@ -266,18 +291,22 @@ def open_records(source: str, fields: Fields) -> PromptSource:
 
         # The first colon ends the name: a split may have its own, as in train[:100].
         name, _, split = rest.partition(":")
+        _require_name(kind, name, "DATASET[:SPLIT]")
         return HubDataset(name, split or "train", fields)
     if colon and kind == "images":
         from dancegrpo.prompt_sets import ImageFolder
 
+        _require_name(kind, rest, "FOLDER")
         return ImageFolder(Path(rest).expanduser(), fields)
     from dancegrpo.prompt_files import FILES
 
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if suffix not in (*FILES, ".parquet"):
-        forms = f"a {', '.join(FILES)} or .parquet file, hf:DATASET[:SPLIT], images:FOLDER or shapes:train"
-        raise PromptError(f"prompts {source!r} are of no known form: use {forms}")
+        forms = f"a {', '.join(FILES)} or .parquet file, hf:DATASET[:SPLIT], images:FOLDER"
+        sets, worlds = (", ".join(f"{name}:" for name in names) for names in (PUBLISHED, SHAPES))
+        more = f"one of them after {sets}; or {worlds} with train or heldout"
+        raise PromptError(f"prompts {source!r} are of no known form: use {forms}; {more}")
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise PromptError(f"prompt file {path} {what}: name a {suffix} file")
@@ -289,9 +318,15 @@ def open_records(source: str, fields: Fields) -> PromptSource:
     return FILES[suffix](path, fields)
 
 
+def _require_name(kind: str, name: str, form: str) -> None:
+    if not name.strip():
+        raise PromptError(f"{kind}: names nothing: write {kind}:{form}")
+
+
 def _shapes(kind: str, split: str, negative: str) -> PromptSource:
     if split not in ("train", "heldout"):
-        raise PromptError(f"{kind}:{split} does not exist: use {kind}:train or {kind}:heldout")
+        what = f"{kind}:{split} does not exist" if split else f"prompts {kind!r} name no split"
+        raise PromptError(f"{what}: use {kind}:train or {kind}:heldout")
     part: Literal["train", "heldout"] = "train" if split == "train" else "heldout"
     if kind == "shapes":
         from dancegrpo.shapes.scenes import prompts

@@ -27,13 +27,18 @@ def make_images(
     it was drawn from: a second call keeps the pictures that are there, redraws none, and another seed or model never
     passes for the first. Returns the listing, which is written last.
 
-    Raises ConfigError for a model that takes images or makes clips, and what `open_prompts` and `load_trained` raise.
+    Raises ConfigError for a model that takes images or makes clips and for an `out` that is no folder, and what
+    `open_prompts` and `load_trained` raise.
     """
     trained = load_trained(model, overrides)
     if trained.policy.takes_image or trained.config.model.num_frames > 1:
         raise ConfigError(f"{model} makes clips: name a text-to-image model, or set model.num_frames=1")
     # The images that are about to be made may be the very ones the records name.
-    prompts = open_prompts(source, **trained.config.prompts.reading() | {"image": "", "images": None})
+    prompts = open_prompts(source, **trained.config.prompts.reading() | {"image": None, "images": None})
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made a folder ({error.strerror}): name another") from error
     count = len(prompts) if limit is None else min(limit, len(prompts))
     size = trained.config.evaluation.batch_size
     for first in range(0, count, size):

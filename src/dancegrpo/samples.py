@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dancegrpo.background import BackgroundWriter, Call
-from dancegrpo.media import grid, save_image, to_uint8
+from dancegrpo.media import grid, require_numbers, save_image, to_uint8
 from dancegrpo.video import clip_grid, clip_suffix, film_strips, fit, save_clip
 
 SHEET = "grid.png"
@@ -29,11 +29,12 @@ def write_samples(
 
     Pictures (F = 1): `N.png` and `grid.png`. Clips: `N.webp` without loss (`N.mp4` where they are large, see
     `clip_suffix`), `grid.mp4` with all of them playing, and `grid.png` with a strip of frames for each.
-    then: called once all of them are there.
+    then: called once all of them are there. Raises MediaError for media with NaN.
     """
     pictures: list[Tensor] = []
     clips: list[Tensor] = []
     for number, sample in enumerate(media):
+        require_numbers(sample, f"sample {number} of {folder}")
         if len(sample) == 1:
             pictures.append(sample[0].cpu())
             writer.submit(partial(save_image, pictures[-1], folder / f"{number}.png"))

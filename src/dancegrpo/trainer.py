@@ -22,7 +22,7 @@ from dancegrpo.checkpoint import Checkpoint, load_latest, save, truncate_metrics
 from dancegrpo.config import RewardConfig, RunConfig, diff_configs, load_config
 from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.files import write_json
-from dancegrpo.health import Clock, peak_memory_mb, reward_metrics, use_threads
+from dancegrpo.health import Clock, peak_memory_mb, restart_peak, reward_metrics, use_threads
 from dancegrpo.policies import Condition, Policy, load_policy
 from dancegrpo.policies.cache import CachedEncoder, ConditionCache
 from dancegrpo.progress import Progress
@@ -99,11 +99,7 @@ class Trainer:
         self.sampler = GroupSampler(len(self.prompts), prompts.per_iteration, config.seed)
         self.held_out = measure.held_out(config)
         self.policy: Policy = load_policy(config.model, config.rollout, seed=config.seed)
-        if prompts.negative and not self.policy.guided:
-            raise ConfigError(
-                f"prompts.negative={prompts.negative!r} would do nothing: {config.model.path} at model.guidance_scale="
-                f"{config.model.guidance_scale:g} uses no classifier-free guidance; leave it empty"
-            )
+        self._refuse_idle_negative()
         self._require_images()
         cache = (
             ConditionCache(Path(config.output) / ".conditions", prompts.cache_mb * 1_000_000)
@@ -121,19 +117,30 @@ class Trainer:
         self.writer = BackgroundWriter()
         self._warned = False
 
+    def _refuse_idle_negative(self) -> None:
+        """Raises ConfigError for a negative prompt that the model would never be told."""
+        negative, model = self.config.prompts.negative, self.config.model
+        if negative and not self.policy.guided:
+            scale = "true_cfg_scale" if "true_cfg_scale" in getattr(self.policy, "settings", ()) else "guidance_scale"
+            raise ConfigError(
+                f"prompts.negative={negative!r} would do nothing: {model.path} at model.{scale}="
+                f"{getattr(model, scale):g} uses no classifier-free guidance; leave it empty"
+            )
+
     def _require_images(self) -> None:
         """Raises ConfigError where the model animates images and the prompts bring none."""
         if not self.policy.takes_image:
             return
-        prompts = self.config.prompts
-        for key, source, first in (
-            ("train", prompts.train, self.prompts[0]),
-            ("evaluation", prompts.evaluation, next(iter(self.held_out), None)),
+        prompts, held_out = self.config.prompts, self.held_out
+        lacking = next((f"held-out prompt {prompt.id}" for prompt in held_out if prompt.image is None), None)
+        for key, source, place in (
+            ("train", prompts.train, self.prompts.first_without_image),
+            ("evaluation", prompts.evaluation, lacking),
         ):
-            if first is not None and first.image is None:
+            if place is not None:
                 raise ConfigError(
-                    f"prompts.{key}={source} has prompts without images, and {self.config.model.path} animates images: "
-                    "give each an `image`, or draw them first (`dancegrpo make-images`)"
+                    f"prompts.{key}={source} has prompts without images ({place} first), and {self.config.model.path} "
+                    "animates images: give each an `image`, or draw them first (`dancegrpo make-images`)"
                 )
 
     def fit(self, folder: RunFolder, *, resume: bool = False) -> RunResult:
@@ -170,21 +177,30 @@ class Trainer:
             tracker.log(metrics, done)
             progress.iteration(metrics)
             self._warn_of_rounding(metrics, progress)
-            self.writer.check()
             done += 1
-            due = done == config.iterations or _due(config.checkpoint.every, done)
-            if due or stopped.is_set():
+            saved = done == config.iterations or _due(config.checkpoint.every, done) or stopped.is_set()
+            if saved:
                 # Before the evaluation: whoever asks to stop may not wait for it, and a resumed run makes it up.
                 self._save(folder, done)
-            if not stopped.is_set():
-                self._evaluate_if_due(folder, done, progress, tracker)
-                if stopped.is_set() and not due:  # asked to stop meanwhile
+            try:
+                if saved:
+                    self.writer.flush()  # a run that goes on from here does not draw again what was drawn before
+                else:
+                    self.writer.check()
+                if not stopped.is_set():
+                    self._evaluate_if_due(folder, done, progress, tracker)
+            except Exception:  # a sample that cannot be written may not cost what was learnt since the last checkpoint
+                if not saved:
                     self._save(folder, done)
+                raise
+            if stopped.is_set() and not saved:  # asked to stop meanwhile
+                self._save(folder, done)
         return done
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics, flat."""
         clock, policy, config = Clock(self.policy.device), self.policy, self.config
+        restart_peak(policy.device)
         prompts = [self.prompts[index] for index in self.sampler.indices(iteration)]
         with clock("encode"):
             condition = self.encoder.encode(prompts)
@@ -228,7 +244,7 @@ class Trainer:
             "trained_samples_per_iteration": trained,
             "trained_steps_per_sample": steps,
             "pairs_per_update": pairs,
-            "micro_batches_per_update": -(-pairs // config.update.micro_batch_size),
+            "micro_batches_per_update": self._micro_batches()[0],
             "updates": config.iterations * config.update.updates_per_rollout,
             "trainable_parameters": sum(p.numel() for p in self.policy.trainable().values()),
         }
@@ -236,6 +252,18 @@ class Trainer:
     def _steps_per_sample(self) -> int:
         steps = trained_steps(self.config.rollout, self.policy.dynamics)
         return steps if isinstance(steps, int) else len(steps)
+
+    def _micro_batches(self) -> tuple[int, bool]:
+        """Of one update: how many, and whether exactly so many; steps drawn from several buckets need more."""
+        config, policy = self.config, self.policy
+        per_prompt = (config.advantage.keep or config.rollout.group_size) // config.update.updates_per_rollout
+        samples, size = config.prompts.per_iteration * per_prompt, config.update.micro_batch_size
+        steps = trained_steps(config.rollout, policy.dynamics)
+        if isinstance(steps, int):
+            buckets = policy.bucket(torch.tensor(list(policy.dynamics.trainable_steps)))
+            return -(-samples * steps // size), len(buckets.unique()) == 1
+        counts = policy.bucket(torch.tensor(steps)).unique(return_counts=True)[1].tolist()
+        return sum(-(-samples * count // size) for count in counts), True
 
     def plan(self) -> str:
         """The derived numbers in one line, and advice where the settings are known to hurt."""
@@ -245,10 +273,11 @@ class Trainer:
             config.rollout.group_size,
             config.update.updates_per_rollout,
         )
+        bound = "" if self._micro_batches()[1] else "at least "
         lines = [
             f"{prompts} prompts x {size} samples = {d['samples_per_iteration']} per iteration; "
             f"{d['trained_steps_per_sample']} of {config.rollout.num_steps} steps trained; {updates} update(s) per "
-            f"rollout of {d['pairs_per_update']} pairs in {d['micro_batches_per_update']} micro-batches; "
+            f"rollout of {d['pairs_per_update']} pairs in {bound}{d['micro_batches_per_update']} micro-batches; "
             f"{d['trainable_parameters']:,} trainable parameters"
         ]
         if size < 8:
@@ -317,7 +346,6 @@ class Trainer:
             )
 
     def _save(self, folder: RunFolder, done: int) -> None:
-        self.writer.flush()  # a run that goes on from here does not draw again what was drawn before
         seconds = time.perf_counter() - self._epoch
         state = {"num_updates": self.updater.num_updates, "algorithm": self.algorithm.state_dict(), "seconds": seconds}
         save(folder.path, Checkpoint(done, self.updater.state_dict(), state), self.config.checkpoint.keep)

@@ -39,6 +39,8 @@ class Usage:
     """Parts that a whole pipeline does without, which `from_pretrained` must be told."""
     setup: tuple[str, ...] = ()
     """Further lines of Python that prepare `pipe`, after its weights and scheduler."""
+    fps: float = 8
+    """Frames per second at which a clip plays."""
 
 
 def card_text(card: ModelCard, task: Task, usage: Usage, *, lora: bool) -> str:
@@ -62,6 +64,7 @@ def card_text(card: ModelCard, task: Task, usage: Usage, *, lora: bool) -> str:
         "",
         "## Use",
         "",
+        *["To write the clip: `pip install imageio imageio-ffmpeg`", ""] * (task != "text-to-image"),
         "```python",
         *_example(card, task, usage, shipped=shipped, lora=lora),
         "```",
@@ -97,5 +100,5 @@ def _example(card: ModelCard, task: Task, usage: Usage, *, shipped: bool, lora: 
     return [
         *lines,
         f'clip = pipe({first}prompt="a prompt", {arguments}).frames[0]',
-        'export_to_video(clip, "clip.mp4")',
+        f'export_to_video(clip, "clip.mp4", fps={usage.fps:g})',
     ]

@@ -23,6 +23,12 @@ class FlowPolicy(PipelinePolicy):
     timestep_unit: ClassVar[float] = 1000.0
     """What sigma is multiplied with to give the network's timestep: 1000, or 1 for the families that divide again."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Raises ValueError for a unit that `predict` would not get: bit for bit there are two ways to scale."""
+        super().__init_subclass__(**options)
+        if cls.timestep_unit not in (1, 1000):
+            raise ValueError(f"{cls.__name__}.timestep_unit={cls.timestep_unit!r} must be 1 or 1000.")
+
     def _dynamics(self, rollout: RolloutConfig) -> FlowDynamics:
         sde = "dance" if rollout.sde == "auto" else rollout.sde
         if sde not in ("dance", "flow-grpo", "cps"):
@@ -44,7 +50,7 @@ class FlowPolicy(PipelinePolicy):
         # The pipelines scale sigma to the training steps, some of them back, in float32: so does this, bit for bit.
         scale = self.pipeline.scheduler.config.get("num_train_timesteps", 1000)
         timesteps = dynamics.sigmas[:-1] * scale
-        self._timesteps = (timesteps if self.timestep_unit == 1000.0 else timesteps / 1000).to(self.device)
+        self._timesteps = (timesteps if self.timestep_unit == 1000 else timesteps / 1000).to(self.device)
         return dynamics
 
     def _pipeline_sigmas(self, num_steps: int) -> Tensor:
@@ -77,7 +83,7 @@ class FlowPolicy(PipelinePolicy):
         model, own = self.model, self._shift is None
         scheduler = ("", "") if own else ("FlowMatchEulerDiscreteScheduler", f"(shift={self._shift})")
         size = {"height": model.height, "width": model.width, "num_inference_steps": self.dynamics.num_steps}
-        return Usage(*scheduler, size | self._arguments())
+        return Usage(*scheduler, size | self._arguments(), fps=model.fps)
 
 
 def resolution_mu(num_tokens: int, scheduler: Any) -> float:

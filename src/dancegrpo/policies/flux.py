@@ -11,7 +11,7 @@ from torch import Tensor
 from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.base import Condition
-from dancegrpo.policies.flow import FlowPolicy
+from dancegrpo.policies.flow import FlowPolicy, resolution_mu
 from dancegrpo.prompts import Prompt
 
 
@@ -53,11 +53,8 @@ class FluxPolicy(FlowPolicy):
         self._guidance = guidance if transformer.config.guidance_embeds else None
 
     def _schedule(self, num_steps: int, scheduler: Any) -> dict[str, Any]:
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        mu = calculate_shift(self.latent_shape[0], *(scheduler.config[name] for name in names))
-        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
+        sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
+        return {"sigmas": sigmas, "mu": resolution_mu(self.latent_shape[0], scheduler)}
 
     def _encode_settings(self) -> tuple[object, ...]:
         return self.model.dtype, self.max_sequence_length

@@ -23,4 +23,9 @@ def both_branches(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def combine(out: Tensor, scale: float) -> Tensor:
     """Predictions (2 B, *S) -> negative + scale (positive - negative), (B, *S): arXiv:2207.12598."""
     negative, positive = out.chunk(2)
+    return guide(negative, positive, scale)
+
+
+def guide(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+    """As `combine`, of two passes."""
     return negative + scale * (positive - negative)

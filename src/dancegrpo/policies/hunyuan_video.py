@@ -20,6 +20,7 @@ from dancegrpo.media import reference_image
 from dancegrpo.policies.base import Condition
 from dancegrpo.policies.export import Task
 from dancegrpo.policies.flow import FlowPolicy
+from dancegrpo.policies.guidance import guide
 from dancegrpo.prompts import Prompt
 
 TEXT = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
@@ -51,6 +52,11 @@ class HunyuanVideoPolicy(FlowPolicy):
         """Tokens of a prompt, padding included; the template's come on top."""
         return self.model.max_sequence_length or 256
 
+    @property
+    def _least_frames(self) -> int:
+        """The shortest clip, in frames."""
+        return 1
+
     def _check(self, model: ModelConfig, rollout: RolloutConfig) -> None:
         self._check_transformer()
         self._check_text_encoders()
@@ -58,7 +64,7 @@ class HunyuanVideoPolicy(FlowPolicy):
         transformer: Any = self.module
         ratio = self.pipeline.vae_scale_factor_spatial
         cell = math.lcm(16, ratio * transformer.config.patch_size)  # 16: the pipeline's own rule
-        frames = self._latent_frames(self.pipeline.vae_scale_factor_temporal)
+        frames = self._latent_frames(self.pipeline.vae_scale_factor_temporal, self._least_frames)
         rows, columns = (cells * (cell // ratio) for cells in self._grid(cell))
         self.latent_shape = (self.pipeline.vae.config.latent_channels, frames, rows, columns)
         # Rounded as the pipeline rounds it: the network embeds the value by sines that know 6000 from bfloat16's 6016.
@@ -137,7 +143,7 @@ class HunyuanVideoPolicy(FlowPolicy):
         velocity = self._velocity(shown, step, [condition.tensors[name] for name in TEXT])
         if self.guided:
             negative = self._velocity(shown, step, [condition.tensors[f"negative_{name}"] for name in TEXT])
-            velocity = negative + self.model.true_cfg_scale * (velocity - negative)
+            velocity = guide(negative, velocity, self.model.true_cfg_scale)
         return velocity
 
     def _velocity(self, shown: Tensor, step: Tensor, text: list[Tensor]) -> Tensor:
@@ -211,22 +217,28 @@ class HunyuanVideoImageToVideoPolicy(HunyuanVideoImagePolicy):
     def _check(self, model: ModelConfig, rollout: RolloutConfig) -> None:
         transformer: Any = self.module
         self._replaces = transformer.config.image_condition_type == "token_replace"
-        least, reason = (
-            (1, "the first frame is the image's")
-            if self._replaces
-            else (self.dropped_frames, "the first 4 are dropped")
-        )
-        if model.num_frames <= least:
-            frames = (
-                1 + math.ceil(least / self.pipeline.vae_scale_factor_temporal) * self.pipeline.vae_scale_factor_temporal
-            )
+        if model.num_frames <= self._given_frames:
+            reason = "the first frame is the image's" if self._replaces else "the first 4 are dropped"
             raise ConfigError(
-                f"model.num_frames={model.num_frames} leaves no frame, as {reason}: use at least {frames}"
+                f"model.num_frames={model.num_frames} leaves no frame, as {reason}: use at least {self._least_frames}"
             )
         super()._check(model, rollout)
         if self._replaces:
             channels, frames, *grid = self.latent_shape
             self.latent_shape = (channels, frames - 1, *grid)
+
+    @property
+    def _given_frames(self) -> int:
+        """Frames of a clip that no latent is sampled for, or that are not shown."""
+        return 1 if self._replaces else self.dropped_frames
+
+    @property
+    def _least_frames(self) -> int:
+        step = self.pipeline.vae_scale_factor_temporal
+        return 1 + math.ceil(self._given_frames / step) * step
+
+    def _encode_settings(self) -> tuple[object, ...]:
+        return *super()._encode_settings(), self._replaces
 
     def _encode(self, prompt: Prompt) -> Condition:
         from PIL import Image

@@ -53,6 +53,7 @@ def load_smallest(model: ModelConfig, rollout: RolloutConfig, keep: Collection[s
     mistaken order of axes shows.
     """
     family, pipeline, folder = _open(model)
+    denoiser = next(part for name in family.denoisers if (part := getattr(pipeline, name, None)) is not None)
     refused: ConfigError | None = None
     for side in (8, 16, 32, 64, 128, 256):
         for frames in range(2, 18) if "num_frames" in family.settings else (1,):
@@ -61,7 +62,7 @@ def load_smallest(model: ModelConfig, rollout: RolloutConfig, keep: Collection[s
             try:
                 return family(pipeline, folder, model.model_copy(update=chosen), rollout)
             except ConfigError as error:
-                if not next(getattr(pipeline, family.denoisers[0]).parameters()).requires_grad:
+                if not next(denoiser.parameters()).requires_grad:
                     raise  # frozen already: it was not the size
                 refused = error
             if "num_frames" in keep:

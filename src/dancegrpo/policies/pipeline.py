@@ -133,22 +133,22 @@ class PipelinePolicy(Policy):
 
     def _grid(self, factor: int) -> tuple[int, int]:
         """(rows, columns) of cells of factor x factor pixels. Raises ConfigError for a size that does not divide."""
-        height, width = self.model.height, self.model.width
-        if height % factor or width % factor:
-            near = [max(factor, round(size / factor) * factor) for size in (width, height)]
-            raise ConfigError(
-                f"model size {width}x{height} must be multiples of {factor} for this pipeline: use {near[0]}x{near[1]}"
-            )
-        return height // factor, width // factor
+        sizes = {"height": self.model.height, "width": self.model.width}
+        wrong = {f"model.{name}={size}": size for name, size in sizes.items() if size % factor}
+        if wrong:
+            near = " and ".join(str(max(factor, round(size / factor) * factor)) for size in wrong.values())
+            told = " and ".join(wrong)
+            raise ConfigError(f"{told}: sizes must be multiples of {factor} for this pipeline, use {near}")
+        return sizes["height"] // factor, sizes["width"] // factor
 
-    def _latent_frames(self, factor: int) -> int:
+    def _latent_frames(self, factor: int, least: int = 1) -> int:
         """Latent frames of `model.num_frames` under causal compression in time, 1 + (F - 1) / factor.
 
-        Raises ConfigError for a number that the autoencoder cannot represent.
+        Raises ConfigError for a number that the autoencoder cannot represent. least: the fewest that the family films.
         """
         frames = self.model.num_frames
         if (frames - 1) % factor:
-            near = 1 + round((frames - 1) / factor) * factor
+            near = max(least, 1 + round((frames - 1) / factor) * factor)
             raise ConfigError(
                 f"model.num_frames={frames} must be a multiple of {factor} plus 1 for this pipeline: use {near}"
             )

@@ -12,7 +12,7 @@ from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.base import Condition
 from dancegrpo.policies.flow import FlowPolicy, resolution_mu
-from dancegrpo.policies.guidance import NEGATIVE
+from dancegrpo.policies.guidance import NEGATIVE, guide
 from dancegrpo.policies.matching import require_text_width
 from dancegrpo.prompts import Prompt
 
@@ -90,7 +90,7 @@ class QwenImagePolicy(FlowPolicy):
         if not self.guided:
             return positive
         negative = self._velocity(x_t, step, condition, NEGATIVE)
-        guided = negative + self.model.true_cfg_scale * (positive - negative)
+        guided = guide(negative, positive, self.model.true_cfg_scale)
         return guided * (torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
 
     def _velocity(self, x_t: Tensor, step: Tensor, condition: Condition, prefix: str = "") -> Tensor:

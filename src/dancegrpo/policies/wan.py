@@ -59,18 +59,17 @@ class WanPolicy(FlowPolicy):
 
     def _check(self, model: ModelConfig, rollout: RolloutConfig) -> None:
         vae = self.pipeline.vae.config
+        if "transformer" not in self.modules:
+            raise ModelError(f"{self.folder} has no transformer, which the first step needs: use a complete checkpoint")
         for name, module in self.modules.items():
             self._check_network(name, module)
         self._check_guidance(model)
-        if model.lora is not None and "transformer" not in self.modules:
-            raise ConfigError(
-                f"model.lora: diffusers loads no adapters without a transformer, which {self.folder} lacks: remove it"
-            )
         first: Any = self.module
         patch, spatial = first.config.patch_size, vae.scale_factor_spatial
         factor = math.lcm(16, spatial * patch[1], spatial * patch[2])
         rows, columns = (cells * (factor // spatial) for cells in self._grid(factor))
-        self.latent_shape = (vae.z_dim, self._latent_frames(vae.scale_factor_temporal), rows, columns)
+        frames = self._latent_frames(vae.scale_factor_temporal, self._least_frames)
+        self.latent_shape = (vae.z_dim, frames, rows, columns)
         self._mean, inverse = (
             torch.tensor(values, device=self.device).reshape(1, -1, 1, 1, 1)
             for values in (vae.latents_mean, vae.latents_std)
@@ -83,6 +82,11 @@ class WanPolicy(FlowPolicy):
     @property
     def _expand(self) -> bool:
         return bool(self.pipeline.config.expand_timesteps)
+
+    @property
+    def _least_frames(self) -> int:
+        """The shortest clip, in frames."""
+        return 1
 
     def _image_channels(self) -> int:
         """Channels of the network's input beside the noisy latent."""
@@ -118,7 +122,7 @@ class WanPolicy(FlowPolicy):
         return dynamics
 
     def _stages(self) -> Tensor:
-        """Which of `denoisers` each step asks: (T,) int64 on the CPU. Raises ModelError for one that is not there."""
+        """Which of `denoisers` each step asks: (T,) int64 on the CPU. Raises ModelError without the second's."""
         ratio = self.pipeline.config.boundary_ratio
         if ratio is None and "transformer_2" in self.modules:
             raise ModelError(
@@ -127,15 +131,12 @@ class WanPolicy(FlowPolicy):
         times = self._timesteps.cpu()
         boundary = (ratio or 0) * self.pipeline.scheduler.config.get("num_train_timesteps", 1000)
         stage = (~(times >= boundary)).long()
-        if ratio is not None and ratio >= 1 and "transformer" not in self.modules:
-            stage = torch.ones_like(stage)  # pure noise lies on the boundary, where nothing else is to be asked
-        for index, name in enumerate(self.denoisers):
-            steps = (stage == index).nonzero().flatten().tolist()
-            if steps and name not in self.modules:
-                raise ModelError(
-                    f"{self.folder} has no {name}, which steps {steps[0]} to {steps[-1]} need "
-                    f"(boundary_ratio={ratio}): use a complete checkpoint"
-                )
+        later = stage.nonzero().flatten().tolist()
+        if later and "transformer_2" not in self.modules:
+            raise ModelError(
+                f"{self.folder} has no transformer_2, which steps {later[0]} to {later[-1]} need "
+                f"(boundary_ratio={ratio}): use a complete checkpoint"
+            )
         return stage
 
     def bucket(self, step: Tensor) -> Tensor:
@@ -193,8 +194,6 @@ class WanPolicy(FlowPolicy):
         return out[:, :, out.shape[2] - x_t.shape[2] :]  # without frames that are given
 
     def _one_stage(self, step: Tensor) -> int:
-        if len(self.modules) == 1:
-            return self.denoisers.index(next(iter(self.modules)))
         stages = self.bucket(step).unique().tolist()
         if len(stages) > 1:
             raise ValueError(f"steps {step.tolist()} are of both networks: split the batch by `bucket`.")
@@ -272,8 +271,9 @@ class WanImagePolicy(WanPolicy):
         step = self.pipeline.vae.config.scale_factor_temporal
         if self._token_times is not None:
             if frames == 1:
+                least = self._least_frames
                 raise ConfigError(
-                    f"model.num_frames={model.num_frames} is the given picture alone here: use {1 + step} or more"
+                    f"model.num_frames={model.num_frames} is the given picture alone here: use {least} or more"
                 )
             self._token_times[0] = 0  # the given frame is clean
             self.latent_shape = (channels, frames - 1, rows, columns)
@@ -281,14 +281,19 @@ class WanImagePolicy(WanPolicy):
         self._mask = torch.zeros(1, step, frames, rows, columns, device=self.device)
         self._mask[:, :, 0] = 1
 
+    @property
+    def _least_frames(self) -> int:
+        return 1 + self.pipeline.vae.config.scale_factor_temporal if self._expand else 1
+
     def _reads_clip(self) -> bool:
         """The pipeline's rule: its first network decides."""
-        first: Any = self.modules.get("transformer")
-        return first is not None and first.config.image_dim is not None
+        first: Any = self.module
+        return first.config.image_dim is not None
 
     def _encode_settings(self) -> tuple[object, ...]:
         model = self.model
-        return *super()._encode_settings(), model.height, model.width, model.num_frames, model.vae_tiling
+        size = model.height, model.width, model.num_frames, model.vae_tiling
+        return *super()._encode_settings(), *size, self._expand, self._reads_clip()
 
     def _encode(self, prompt: Prompt) -> Condition:
         """Text, and `image_latents` (1, C, T, h, w), or (1, C, 1, h, w) with expand_timesteps: normalised, float32."""

@@ -23,8 +23,8 @@ class MotionReward:
     identity with the given first frame (`id`), or `overall`, the mean of those that a clip can be judged on.
 
     Media (B, 9, 3, 32, 32) in [0, 1], or (B, 1, 3, 32, 32) for stills; prompts carry a scene in their metadata. Scores
-    are in [0, 1]. `extra` has the other axes, as far as any clip has them, and with `overall` also `pass`: 1 where every
-    axis is right. A clip with a non-finite pixel, or which has no such axis, is not valid.
+    are in [0, 1]. `extra` has the other axes, as far as any clip has them, and with `overall` also `pass`: 1 where all
+    are right. A clip with a non-finite pixel, or which has no such axis, is not valid.
     Raises ConfigError on an unknown axis, RewardError where prompts or media are not of this world.
     """
 

@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 
 SIZE = 32
 FRAMES = 9
-FPS = 8
 BACKGROUND = (8, 8, 8)
 CLIP_TASKS = ("move", "bounce", "cross")
-STILL_TASKS = ("single", "pair")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Unit vectors (x, y); y points down."""
 WALLS = {"left": "left", "right": "right", "up": "top", "down": "bottom"}
@@ -293,7 +291,7 @@ def clip_path(scene: ClipScene, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_clip(scene: ClipScene, rng: np.random.Generator) -> np.ndarray:
-    """One clip, (9, 32, 32, 3) uint8 sRGB; whatever the scene leaves open comes from `rng`."""
+    """One clip (9, 32, 32, 3), or still (1, 32, 32, 3), uint8 sRGB; what the scene leaves open comes from `rng`."""
     return render(scene, *_move(scene, rng))
 
 
@@ -305,9 +303,7 @@ def draw_clips(scenes: Sequence[ClipScene], rng: np.random.Generator) -> np.ndar
     return clips
 
 
-def draw_still(scene: ClipScene, rng: np.random.Generator) -> np.ndarray:
-    """One still, (1, 32, 32, 3) uint8 sRGB."""
-    return render(scene, *_move(scene, rng))
+"""A still is a clip of one frame."""
 
 
 def first_frame(scene: ClipScene) -> Image:

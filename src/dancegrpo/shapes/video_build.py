@@ -195,7 +195,7 @@ clip = pipeline(
 {told}
 It saw captions of both splits of `dancegrpo.shapes.clips`: "held out" means held out from reinforcement learning.
 
-Means of the rule-based judge on held-out prompts, at the call above and at the true_cfg_scale named:
+Means of the rule-based judge on held-out prompts, at the call above but for the true_cfg_scale named (t2i: one frame):
 
 | task | true_cfg_scale | axis | mean |
 |---|---|---|---|

@@ -25,8 +25,8 @@ from dancegrpo.shapes.clips import (
     all_clip_scenes,
     all_still_scenes,
     clip_prompts,
+    draw_clip,
     draw_clips,
-    draw_still,
     i2v_prompts,
     sample_clip,
     sample_still,
@@ -75,7 +75,7 @@ def photograph(n: int, seed: int) -> Footage:
     """`n` stills of both splits, as clips of one frame."""
     rng = np.random.default_rng(seed)
     scenes = [sample_still(rng) for _ in range(n)]
-    stills = np.stack([draw_still(scene, rng) for scene in scenes])
+    stills = np.stack([draw_clip(scene, rng) for scene in scenes])
     return Footage(torch.from_numpy(stills).permute(0, 4, 1, 2, 3).contiguous(), tuple(scenes))
 
 

@@ -117,7 +117,7 @@ def _checks(subject: Subject) -> dict[str, Callable[[], Outcome]]:
 
     def free() -> None:
         del subject.policy
-        for name in ("trace", "trajectory", "algorithm"):
+        for name in ("condition", "trace", "trajectory", "algorithm"):
             vars(subject).pop(name, None)
 
     return {

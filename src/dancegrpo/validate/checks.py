@@ -56,8 +56,14 @@ class Subject:
         return normal(self.policy.latent_shape, self.config.seed, "start", [(0,)]).to(self.policy.device)
 
     @cached_property
+    def condition(self) -> Condition:
+        """The first prompt's, of length 1."""
+        return self.policy.encode(self.prompts[:1])
+
+    @cached_property
     def trace(self) -> Trace:
         """The pipeline's own run of the first prompt."""
+        _ = self.condition  # what is wrong with the settings, `encode` says in words, and the pipeline does not
         return trace_pipeline(self.policy, self.prompts[:1], self.noise)
 
     @cached_property
@@ -84,7 +90,7 @@ def equals_pipeline(subject: Subject) -> Outcome:
     if len(trace.steps) != policy.dynamics.num_steps:
         count = f"the pipeline takes {len(trace.steps)} steps, the policy {policy.dynamics.num_steps}"
         return Outcome(False, "-", 0, f"{count}: state `num_inference_steps` in `_usage`")
-    condition = policy.encode(subject.prompts[:1])
+    condition = subject.condition
     x = policy.start(subject.noise, condition)
     if x.shape != trace.steps[0].x_t.shape or not _near(subject, x, trace.steps[0].x_t):
         return Outcome(False, "-", 0, causes.of_start(x, trace.steps[0].x_t))
@@ -112,74 +118,94 @@ def _largest(a: Tensor, b: Tensor) -> float:
 
 def finite_log_probs(subject: Subject) -> Outcome:
     """The rollout's log-probs are numbers at every trained step."""
-    log_prob = subject.trajectory.log_prob
-    odd = (~log_prob.isfinite()).any(0).nonzero().flatten().tolist()
+    log_prob, steps = subject.trajectory.log_prob.cpu(), subject.trajectory.step.cpu()
+    odd = ~log_prob.isfinite()
     value = f"{log_prob.shape[1]} steps, {float(log_prob.min()):.3g} to {float(log_prob.max()):.3g}"
-    if not odd:
+    if not odd.any():
         return Outcome(True, value)
-    step = int(subject.trajectory.step[0, odd[0]])
-    x_t = subject.trajectory.x_t[:, odd[0]]
+    step = int(steps[odd].min())
+    x_t = subject.trajectory.x_t.cpu()[odd & (steps == step)]
     what = "the network's prediction" if bool(x_t.isfinite().all()) else "the latent before it"
     return Outcome(False, value, step, f"{what} is not finite: look at the weights, or at a division in `predict`")
 
 
 def replays(subject: Subject) -> Outcome:
     """The training forward gives the rollout's log-probs back: ratio 1, at the rollout's batch and one by one."""
-    told, size = subject.trajectory, subject.config.rollout.batch_size
-    rows = torch.arange(len(told))
-    found = []  # (at the rollout's batch, one by one) of each trained step
-    for slot in range(told.step.shape[1]):
-        found.append([_replay(subject, rows.split(batch), slot).abs().max().item() for batch in (size, 1)])
+    told, sizes = subject.trajectory, (subject.config.rollout.batch_size, 1)
+    slots = range(told.step.shape[1])
+    found = torch.stack([torch.stack([_replay(subject, slot, size).abs() for slot in slots], dim=1) for size in sizes])
     # Another batch rounds otherwise, and small noise levels magnify that: it must stay inside the trust interval.
     single_bound = subject.config.algorithm.clip_range
     bounds = (REPLAY_LIMIT, REPLAY_LIMIT) if subject.half else (REPLAY_BOUND, single_bound)
-    same, single = (max(column) for column in zip(*found, strict=True))
+    same, single = (float(each.max()) for each in found)
     value = f"difference {same:.3g}, batch of 1 {single:.3g}"
-    bad = [slot for slot, pair in enumerate(found) if any(not d <= b for d, b in zip(pair, bounds, strict=True))]
-    if not bad:
+    wrong = ~(found <= torch.tensor(bounds).reshape(2, 1, 1))
+    bad = wrong.any(0)
+    if not bad.any():
         return Outcome(True, value)
-    cause = _of_replay(subject, bad, only_one_by_one=all(found[slot][0] <= bounds[0] for slot in bad))
-    return Outcome(False, value, int(told.step[0, bad[0]]), cause)
+    cause = _of_replay(subject, bad, only_one_by_one=not wrong[0].any())
+    return Outcome(False, value, int(told.step.cpu()[bad].min()), cause)
 
 
-def _replay(subject: Subject, batches: tuple[Tensor, ...], slot: int) -> Tensor:
-    """Log-prob of the training forward minus the rollout's, of every sample at the slot: (B,)."""
-    found = []
-    for rows in batches:
-        pairs = subject.pairs(rows, slot)
+def _batches(subject: Subject, slot: int, size: int, shift: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows, own), (N,) int64 and bool: the samples at the slot in batches of `size`, each for one network alone.
+
+    A batch keeps its size, as another one rounds otherwise: where the other network would be asked, `own` is False and
+    a row of this one stands in. shift: added to the steps, of which those outside the schedule are left out.
+    """
+    policy, told = subject.policy, subject.trajectory
+    for rows in torch.arange(len(told)).split(size):
+        step = told.step[rows, slot].cpu() + shift
+        inside = (step >= 0) & (step < policy.dynamics.num_steps)
+        bucket = policy.bucket(step.clamp(0, policy.dynamics.num_steps - 1))
+        for name in bucket[inside].unique():
+            own = inside & (bucket == name)
+            yield torch.where(own, rows, rows[own][0]), own
+
+
+def _replay(subject: Subject, slot: int, size: int) -> Tensor:
+    """Log-prob of the training forward, in batches of `size`, minus the rollout's, of all samples at the slot: (B,)."""
+    found = torch.empty(len(subject.trajectory))
+    for rows, own in _batches(subject, slot, size):
         # With gradients, as in training: what differs only then would otherwise go unseen.
-        log_prob = subject.algorithm.log_prob(subject.policy, pairs).detach()
-        found.append(log_prob - subject.trajectory.log_prob[rows, slot])
-    return torch.cat(found)
+        log_prob = subject.algorithm.log_prob(subject.policy, subject.pairs(rows, slot)).detach()
+        found[rows[own]] = (log_prob - subject.trajectory.log_prob[rows, slot]).cpu()[own]
+    return found
 
 
-def _of_replay(subject: Subject, bad: list[int], *, only_one_by_one: bool) -> str:
+def _of_replay(subject: Subject, bad: Tensor, *, only_one_by_one: bool) -> str:
+    """bad: (B, K) bool, the trained transitions that are not replayed."""
     if cause := causes.random_parts(subject.policy):
         return cause
-    rows = torch.arange(len(subject.trajectory)).split(subject.config.rollout.batch_size)
-    if not torch.equal(_replay(subject, rows, bad[0]), _replay(subject, rows, bad[0])):
+    slots, size = bad.any(0).nonzero().flatten().tolist(), subject.config.rollout.batch_size
+    if not torch.equal(_replay(subject, slots[0], size), _replay(subject, slots[0], size)):
         return "two passes over the same input differ: something in `predict` is random"
     if only_one_by_one:
         return "a row depends on the rows beside it: look for means over the batch, or for padding that is not masked"
-    for slot in bad:
-        step = int(subject.trajectory.step[0, slot])
+    for slot in slots:
+        steps = subject.trajectory.step[:, slot].cpu()
         for shift in causes.SHIFTS:
-            inside = 0 <= step + shift < subject.policy.dynamics.num_steps
-            if inside and _replay_at(subject, rows, slot, shift) <= 10 * REPLAY_BOUND:
+            difference = _replay_at(subject, slot, shift)
+            known = bad[:, slot] & ~difference.isnan()
+            if known.any() and bool((difference[known] <= 10 * REPLAY_BOUND).all()):
+                step = int(steps[known].min())
                 return f"schedule off by one: for step {step}, training asks the network about step {step - shift}"
     return "training computes another prediction than sampling: see what `predict` does only with gradients on"
 
 
-def _replay_at(subject: Subject, rows: tuple[Tensor, ...], slot: int, shift: int) -> float:
-    """The replay's difference if `predict` is asked about the step `shift` later, the transition staying as it was."""
-    policy, largest = subject.policy, 0.0
-    for part in rows:
-        pairs = subject.pairs(part, slot)
+def _replay_at(subject: Subject, slot: int, shift: int) -> Tensor:
+    """The replay's difference if `predict` is asked about the step `shift` later, the transition staying as it was.
+
+    (B,); NaN where there is no such step.
+    """
+    policy, found = subject.policy, torch.full((len(subject.trajectory),), torch.nan)
+    for rows, own in _batches(subject, slot, subject.config.rollout.batch_size, shift):
+        pairs = subject.pairs(rows, slot)
         prediction = policy.predict(pairs.x_t, pairs.step + shift, pairs.condition)
         gaussian = policy.dynamics.transition(pairs.x_t, prediction, pairs.step, pairs.noise_level)
-        log_prob = gaussian.log_prob(pairs.x_next, reduction=subject.config.algorithm.log_prob_reduction)
-        largest = max(largest, _largest(log_prob.detach(), subject.trajectory.log_prob[part, slot]))
-    return largest
+        log_prob = gaussian.log_prob(pairs.x_next, reduction=subject.config.algorithm.log_prob_reduction).detach()
+        found[rows[own]] = (log_prob - subject.trajectory.log_prob[rows, slot]).abs().cpu()[own]
+    return found
 
 
 def gradients_reach_all(subject: Subject) -> Outcome:
@@ -308,7 +334,7 @@ def decodes(subject: Subject) -> Outcome:
     assert trace.media is not None
     latents = trace.steps[-1].x_next.float()
     with torch.no_grad(), record_decoded(policy) as decoded:
-        media = policy.decode(latents, policy.encode(subject.prompts[:1]))
+        media = policy.decode(latents, subject.condition)
     value = f"{tuple(media.shape[1:])}, {float(media.min()):.3g} to {float(media.max()):.3g}"
     cause = ""
     if media.shape != trace.media.shape:
