@@ -303,9 +303,6 @@ def draw_clips(scenes: Sequence[ClipScene], rng: np.random.Generator) -> np.ndar
     return clips
 
 
-"""A still is a clip of one frame."""
-
-
 def first_frame(scene: ClipScene) -> Image:
     """The given first frame of a placed scene as a PIL image, 32x32 RGB."""
     from PIL import Image
