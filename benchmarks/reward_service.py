@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import Judges, Scores
 from dancegrpo.rewards.service import ServiceReward, serve
+from dancegrpo.settings import RewardConfig
 
 SIDE, POOL, BATCH = 64, 256, 8
 """Pixels, distinct samples, and the judge's batch size."""

@@ -13,9 +13,10 @@ import torch
 import yaml
 
 from dancegrpo.background import BackgroundWriter
-from dancegrpo.config import ModelConfig, PromptsConfig, RewardConfig, RunConfig, UpdateConfig
+from dancegrpo.config import RunConfig
 from dancegrpo.media import grid, save_image
 from dancegrpo.samples import write_samples
+from dancegrpo.settings import ModelConfig, PromptsConfig, RewardConfig, UpdateConfig
 
 TASKS = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
 COLORS = {"red": (0.85, 0.15, 0.15), "green": (0.15, 0.65, 0.3), "blue": (0.15, 0.35, 0.85), "yellow": (0.95, 0.8, 0.2)}

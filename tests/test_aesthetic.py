@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.rewards import load_reward
 from dancegrpo.rewards.aesthetic import AestheticReward, load_head
+from dancegrpo.settings import RewardConfig
 from tiny_clip import (
     PROCESSOR,
     assert_batches_agree,

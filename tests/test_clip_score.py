@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.rewards import load_reward
 from dancegrpo.rewards.clip_score import ClipScoreReward, Preprocessing, load_clip, load_preprocessing
 from dancegrpo.rewards.open_clip import VIT_H_14, Architecture, Tower, layout, published_heads
+from dancegrpo.settings import RewardConfig
 from tiny_clip import (
     PROCESSOR,
     SIDE,

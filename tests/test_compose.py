@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from dancegrpo.algorithms.grpo import GRPO
-from dancegrpo.config import RewardConfig, load_config
+from dancegrpo.config import load_config
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import Binary, Judges, OverFrames, Scores, load_reward
 from dancegrpo.rewards.compose import TimeLimit
 from dancegrpo.rewards.weights import NetworkReward
+from dancegrpo.settings import RewardConfig
 
 PROMPTS = [Prompt(0, "a"), Prompt(1, "b"), Prompt(2, "c")]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import PromptError
 from dancegrpo.policies import Condition, Policy, load_policy
 from dancegrpo.policies.cache import CachedEncoder, ConditionCache
 from dancegrpo.prompts import Prompt
+from dancegrpo.settings import ModelConfig, RolloutConfig
 from tiny import PROMPTS, TINY_SIZE
 
 MEGABYTE = 1 << 20

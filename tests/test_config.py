@@ -9,9 +9,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dancegrpo.config import RewardConfig, RunConfig, diff_configs, dump_config, list_recipes, load_config
+from dancegrpo.config import RunConfig, diff_configs, dump_config, list_recipes, load_config
 from dancegrpo.errors import ConfigError
 from dancegrpo.recipes import merge
+from dancegrpo.settings import RewardConfig
 
 MINIMAL = {
     "name": "mine",
@@ -320,7 +321,10 @@ def test_setting_like_no_other_lists_its_neighbours() -> None:
         ("rollout.shared_noise=maybe", "rollout.shared_noise='maybe' must be true or false"),
         ("rollout.noise_level=high", "rollout.noise_level='high' must be a number or a list"),
         ("rollout.noise_level=[0.1,x]", "rollout.noise_level.1='x' must be a number"),
-        ("rollout.timesteps.select=any", "rollout.timesteps.select='any' must be 'random', 'first', 'last' or 'list'"),
+        (
+            "rollout.timesteps.select=any",
+            "rollout.timesteps.select='any' must be 'random', 'first', 'last', 'list' or 'window'",
+        ),
         ("rollout=3", "rollout=3 must be a mapping of settings"),
         ("model.revision=123", "model.revision=123 must be a string: put quotes around it"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate=inf must be a finite number"),

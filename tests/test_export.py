@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dancegrpo.config import LoraConfig, RolloutConfig
 from dancegrpo.errors import CheckpointError
 from dancegrpo.policies import ModelCard, Policy
 from dancegrpo.policies.export import Usage, card_text
+from dancegrpo.settings import LoraConfig, RolloutConfig
 from test_policies import LORA, deterministic, noise, perturb, pipeline_of, policy_of, prompts, use_ddim
 from tiny import PROMPTS, TINY_SIZE
 

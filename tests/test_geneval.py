@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import Judges, load_reward
 from dancegrpo.rewards.geneval import GenEvalReward, Output, instances, object_crop
 from dancegrpo.rewards.geneval_rule import COLORS, Detection, read_task
 from dancegrpo.rewards.geneval_rule import judge as rule
+from dancegrpo.settings import RewardConfig
 from dancegrpo.statistics import summarize
 from tiny import _clip_tokenizer
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import Judges, load_reward
@@ -22,6 +21,7 @@ from dancegrpo.rewards.open_clip import (
     load_open_clip,
     to_transformers,
 )
+from dancegrpo.settings import RewardConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "hps_open_clip_tiny.safetensors"
 TEXTS = ["a red cat", "a cat", "cat red red", "", "a red cat"]

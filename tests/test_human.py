@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import rankdata
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import Judges, load_reward
 from dancegrpo.rewards.human import HumanReward, fingerprint, group_key
 from dancegrpo.rewards.human.votes import Ballot, Votes, scores_of
+from dancegrpo.settings import RewardConfig
 
 WEB = httpx.Client(timeout=30)
 HOSTILE = "</h1><script>alert(1)</script>\"'&{{7*7}}\u202e"

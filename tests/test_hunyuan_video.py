@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dancegrpo.algorithms import GRPO, Advantage
-from dancegrpo.config import LoraConfig, ModelConfig, RolloutConfig, load_config
+from dancegrpo.algorithms import GRPO, Advantage, gather
+from dancegrpo.config import load_config
 from dancegrpo.errors import ConfigError, DanceError, ModelError, PromptError
 from dancegrpo.media import reference_image
 from dancegrpo.policies import ModelCard, Policy, load_policy
 from dancegrpo.policies.skyreels import image_generator
 from dancegrpo.prompts import Prompt
 from dancegrpo.sampling import sample
-from dancegrpo.update import gather
+from dancegrpo.settings import LoraConfig, ModelConfig, RolloutConfig
 from test_policies import LORA, noise, perturb, pipeline_of
 from tiny import PROMPTS
 from tiny_hunyuan import (

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.rewards import load_reward
 from dancegrpo.rewards.blip import BLIP_LARGE, ImageRewardNetwork, infer_sizes, layout
 from dancegrpo.rewards.image_reward import ImageRewardReward
+from dancegrpo.settings import RewardConfig
 from tiny_clip import (
     TEXTS,
     assert_batches_agree,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.rewards import load_reward
 from dancegrpo.rewards.jpeg import JpegReward
+from dancegrpo.settings import RewardConfig
 from tiny_clip import assert_batches_agree, assert_bytes_and_floats_agree, media, prompts
 
 

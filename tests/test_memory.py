@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dancegrpo import sampling
 from dancegrpo.algorithms import GRPO
-from dancegrpo.config import LoraConfig, ModelConfig, RolloutConfig, load_config
+from dancegrpo.config import load_config
 from dancegrpo.errors import ConfigError
 from dancegrpo.memory import TensorBytes
 from dancegrpo.policies import Policy, load_policy, offload
@@ -20,6 +20,7 @@ from dancegrpo.policies.pipeline import PipelinePolicy
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import FunctionReward, Judges
 from dancegrpo.sampling import fetch, put, rollout
+from dancegrpo.settings import LoraConfig, ModelConfig, RolloutConfig
 from dancegrpo.trainer import Trainer
 
 LORA = LoraConfig(rank=2, alpha=4, target_modules=("to_q", "to_k", "to_v"))

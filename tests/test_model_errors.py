@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import ModelError
 from dancegrpo.policies import load_policy
+from dancegrpo.settings import ModelConfig, RolloutConfig
 from tiny import TINY_SIZE
 
 

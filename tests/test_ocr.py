@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import load_reward
 from dancegrpo.rewards.ocr import OCRReward, normalize_text, text_score, wanted_text
+from dancegrpo.settings import RewardConfig
 
 SIGN = Prompt(0, 'a sign that says "Hello World"')
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.rewards import load_reward
 from dancegrpo.rewards.pickscore import PickScoreReward
+from dancegrpo.settings import RewardConfig
 from tiny_clip import (
     PROCESSOR,
     TEXTS,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dancegrpo.config import LoraConfig, ModelConfig, RolloutConfig
 from dancegrpo.errors import ConfigError
 from dancegrpo.policies import Condition, Policy, load_policy
 from dancegrpo.policies.flow import FlowPolicy
 from dancegrpo.prompts import Prompt
+from dancegrpo.settings import LoraConfig, ModelConfig, RolloutConfig
 from tiny import PROMPTS, TINY_SIZE, build_flux, build_sd
 
 STEPS = 5

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dancegrpo.config import LoraConfig, ModelConfig, RolloutConfig, load_config
+from dancegrpo.config import load_config
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies import Condition, load_policy
+from dancegrpo.settings import LoraConfig, ModelConfig, RolloutConfig
 from test_policies import LORA, STEPS, noise, pipeline_of, policy_of, prompts
 from test_replay import differences
 from tiny import PROMPTS

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from dancegrpo.algorithms import GRPO, Advantage
+from dancegrpo.algorithms import GRPO, Advantage, gather
 from dancegrpo.config import load_config
 from dancegrpo.policies import load_policy
 from dancegrpo.prompts import Prompt
-from dancegrpo.update import gather
 
 PROMPTS = [Prompt(0, "a red circle"), Prompt(1, "two blue squares on a white background")]
 

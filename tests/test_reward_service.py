@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from pydantic import SecretStr
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import Judges, Scores, load_reward
@@ -31,6 +30,7 @@ from dancegrpo.rewards.service import ServiceReward, read_token, serve, wire
 from dancegrpo.rewards.service.app import Limits, build_app
 from dancegrpo.rewards.service.queueing import Line
 from dancegrpo.rewards.service.server import bind, identity, is_loopback, make_server
+from dancegrpo.settings import RewardConfig
 
 TOKEN = "s3cret-token"
 
@@ -719,7 +719,7 @@ def test_a_password_in_a_url_is_refused_and_not_shown():
 
 SERVE = """
 import sys
-from dancegrpo.config import RewardConfig
+from dancegrpo.settings import RewardConfig
 from dancegrpo.rewards.service import serve
 serve("far", RewardConfig(judge="slow:score", options={"batch_size": 1}), port=int(sys.argv[1]), device="cpu",
       token="s3cret-token", batch_across_requests=False, on_ready=lambda url: print(url, flush=True))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import FunctionReward, Judges, Reward, Scores, load_judges, load_reward
+from dancegrpo.settings import RewardConfig
 
 
 def pictures(size, frames=1):

@@ -3,11 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dancegrpo.config import RolloutConfig, TimestepsConfig
 from dancegrpo.errors import ConfigError
 from dancegrpo.prompts import Prompt
 from dancegrpo.sampling import rollout, sample, starting_noise, step_plan
 from dancegrpo.sde import DiffusionDynamics, FlowDynamics, flow_sigmas
+from dancegrpo.settings import RolloutConfig, TimestepsConfig
 from toy import ToyPolicy
 
 FLOW = FlowDynamics(flow_sigmas(16, 3.0))

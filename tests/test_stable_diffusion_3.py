@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from dancegrpo.config import LoraConfig, RolloutConfig, load_config
+from dancegrpo.config import load_config
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies import ModelCard
+from dancegrpo.settings import LoraConfig, RolloutConfig
 from test_policies import LORA, STEPS, noise, pipeline_of, policy_of, prompts
 from test_replay import differences
 from tiny import PROMPTS, TINY_SIZE

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dancegrpo.config import TrackingConfig
 from dancegrpo.errors import ConfigError
 from dancegrpo.media import save_image
+from dancegrpo.settings import TrackingConfig
 from dancegrpo.tracking import GuardedTracker, NoTracker, open_tracker
 from dancegrpo.video import save_clip
 
 TRACK = """
 import sys
 from pathlib import Path
-from dancegrpo.config import TrackingConfig
+from dancegrpo.settings import TrackingConfig
 from dancegrpo.tracking import open_tracker
 run, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 tracker = open_tracker(TrackingConfig(project="shapes"), run, "demo-seed0", {"seed": 0}, first)

@@ -224,7 +224,7 @@ def micro_batches(monkeypatch, settings, policy, **timesteps) -> tuple[int, str]
     settings["rollout"] |= {"num_steps": 6, "timesteps": timesteps}
     settings["update"] = {"updates_per_rollout": 2, "micro_batch_size": 3}
     trainer = Trainer(load_config(settings), {"bright": FunctionReward(brightness, "bright")})
-    return trainer.derived()["micro_batches_per_update"], trainer.plan().split("pairs in ")[1].split(";")[0]
+    return trainer.plan.derived()["micro_batches_per_update"], trainer.plan.text().split("pairs in ")[1].split(";")[0]
 
 
 def test_micro_batches_are_counted_bucket_by_bucket(settings, monkeypatch):

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dancegrpo.algorithms import GRPO, Advantage
+from dancegrpo.algorithms import GRPO, Advantage, gather
+from dancegrpo.algorithms.work import Part, deal
 from dancegrpo.config import load_config
 from dancegrpo.errors import ModelError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores
-from dancegrpo.update import Part, Updater, deal, work_list
+from dancegrpo.update import Updater
 from toy import ToyPolicy
 
 PROMPTS = [Prompt(i, "word" * (i + 1)) for i in range(3)]
@@ -34,7 +35,7 @@ def prepared(config, seed=0):
     algorithm = GRPO(config)
     if algorithm.needs_reference:
         policy.keep_reference()
-    updater = Updater(policy, algorithm, config)
+    updater = Updater(policy, config)
     trajectory = algorithm.collect(policy, policy.encode(PROMPTS), 0)
     values = policy.decode(trajectory.x0, trajectory.condition).mean(dim=(1, 2, 3, 4)).detach()
     return policy, algorithm, updater, trajectory, values
@@ -70,10 +71,8 @@ def test_the_accumulated_gradient_is_the_papers_whatever_the_micro_batch(micro_b
     expected = torch.autograd.grad(
         paper_loss(policy, trajectory, advantage, range(12)), list(policy.trainable().values())
     )
-    part = work_list(advantage, trajectory.group, 4, 1, all_pairs=False)[0]
-    from collections import defaultdict
-
-    updater._accumulate(part, trajectory, advantage, None, defaultdict(list))
+    learning = algorithm.learning(policy, trajectory, advantage)
+    updater.accumulate(learning.parts[0], learning)
     for parameter, gradient in zip(policy.trainable().values(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-7, rtol=1e-4)
 
@@ -82,7 +81,7 @@ def test_zero_advantage_pairs_are_skipped_yet_stay_in_the_denominator():
     policy, algorithm, updater, trajectory, values = prepared(run_config())
     values[:4] = 0.5
     advantage = advantage_of(algorithm, trajectory, values)
-    part = work_list(advantage, trajectory.group, 4, 1, all_pairs=False)[0]
+    part = algorithm.learning(policy, trajectory, advantage).parts[0]
     assert len(part.sample) == 8 * 4
     assert part.scale == 1 / (12 * 4)
     assert advantage.silent.tolist() == [True, False, False]
@@ -93,7 +92,7 @@ def test_masked_samples_leave_the_denominator():
     valid = torch.ones(12, dtype=torch.bool)
     valid[[0, 5]] = False
     advantage = advantage_of(algorithm, trajectory, values, valid)
-    part = work_list(advantage, trajectory.group, 4, 1, all_pairs=False)[0]
+    part = algorithm.learning(policy, trajectory, advantage).parts[0]
     assert part.scale == 1 / (10 * 4)
     assert not {0, 5} & set(part.sample.tolist())
 
@@ -112,7 +111,7 @@ def test_dealing_is_disjoint_complete_and_even(rows, num_parts):
 def test_the_first_ratio_is_exactly_one_and_the_second_update_uses_the_rollouts():
     config = run_config(**{"update.updates_per_rollout": 2})
     policy, algorithm, updater, trajectory, values = prepared(config)
-    metrics = updater.update(trajectory, advantage_of(algorithm, trajectory, values))
+    metrics = updater.update(algorithm.learning(policy, trajectory, advantage_of(algorithm, trajectory, values)))
     assert metrics["train/ratio_first"] == 1.0
     assert metrics["train/ratio_max_deviation"] > 0
     assert metrics["train/updates"] == 2
@@ -124,14 +123,12 @@ def test_an_update_raises_the_probability_of_what_was_rewarded():
     policy, algorithm, updater, trajectory, values = prepared(config)
     advantage = advantage_of(algorithm, trajectory, values)
     before = algorithm_log_prob(policy, algorithm, trajectory, advantage)
-    updater.update(trajectory, advantage)
+    updater.update(algorithm.learning(policy, trajectory, advantage))
     gain = (algorithm_log_prob(policy, algorithm, trajectory, advantage) - before).mean(dim=1)
     assert (gain * advantage.value).mean() > 0
 
 
 def algorithm_log_prob(policy, algorithm, trajectory, advantage):
-    from dancegrpo.update import gather
-
     sample, slot = (index.flatten() for index in torch.meshgrid(torch.arange(12), torch.arange(4), indexing="ij"))
     with torch.no_grad():
         return algorithm.log_prob(policy, gather(trajectory, advantage, sample, slot, None)).reshape(12, 4)
@@ -142,7 +139,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
     advantage = advantage_of(algorithm, trajectory, values)
     broken = Advantage(advantage.value * float("inf"), advantage.weight, advantage.valid, {}, advantage.silent)
     before = {name: p.detach().clone() for name, p in policy.trainable().items()}
-    metrics = updater.update(trajectory, broken)
+    metrics = updater.update(algorithm.learning(policy, trajectory, broken))
     assert metrics["train/skipped_updates"] == 1
     assert metrics["train/updates"] == 0
     assert all(torch.equal(p, before[name]) for name, p in policy.trainable().items())
@@ -150,7 +147,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
 
 def test_a_rollout_without_signal_makes_no_update():
     policy, algorithm, updater, trajectory, values = prepared(run_config())
-    metrics = updater.update(trajectory, advantage_of(algorithm, trajectory, torch.ones(12)))
+    metrics = updater.update(
+        algorithm.learning(policy, trajectory, advantage_of(algorithm, trajectory, torch.ones(12)))
+    )
     assert metrics["train/updates"] == 0
     assert metrics["train/weight_change"] == 0
     assert metrics["train/grad_norm"] is None
@@ -161,7 +160,7 @@ def test_a_schedule_shifted_by_one_step_is_refused():
     shifted = copy.copy(trajectory)
     object.__setattr__(shifted, "step", trajectory.step + 1)
     with pytest.raises(ModelError, match="misses the rollout's log-probs"):
-        updater.update(shifted, advantage_of(algorithm, trajectory, values))
+        updater.update(algorithm.learning(policy, shifted, advantage_of(algorithm, trajectory, values)))
 
 
 def test_kl_pulls_towards_the_start():
@@ -170,7 +169,7 @@ def test_kl_pulls_towards_the_start():
         policy, algorithm, updater, trajectory, values = prepared(config)
         advantage = advantage_of(algorithm, trajectory, values)
         for _ in range(20):
-            metrics = updater.update(trajectory, advantage)
+            metrics = updater.update(algorithm.learning(policy, trajectory, advantage))
             trajectory = algorithm.collect(policy, policy.encode(PROMPTS), 0)
         return metrics["train/weight_change"], metrics["train/kl"]
 
@@ -181,7 +180,7 @@ def test_kl_pulls_towards_the_start():
 def test_kl_is_zero_at_the_start_and_trains_silent_groups_too():
     policy, algorithm, updater, trajectory, values = prepared(run_config(**{"algorithm.kl_weight": 1.0}))
     values[:4] = 0.5
-    metrics = updater.update(trajectory, advantage_of(algorithm, trajectory, values))
+    metrics = updater.update(algorithm.learning(policy, trajectory, advantage_of(algorithm, trajectory, values)))
     assert metrics["train/kl"] == 0
     assert metrics["pairs/trained"] == 48
 
@@ -191,7 +190,7 @@ def test_the_moving_average_follows_its_closed_form():
     advantage, name = advantage_of(algorithm, trajectory, values), "0.weight"
     expected = policy.trainable()[name].detach().clone()
     for _ in range(3):
-        updater.update(trajectory, advantage)
+        updater.update(algorithm.learning(policy, trajectory, advantage))
         expected = 0.9 * expected + 0.1 * policy.trainable()[name].detach()
         trajectory = algorithm.collect(policy, policy.encode(PROMPTS), 0)
     torch.testing.assert_close(updater.ema[name], expected)
@@ -203,7 +202,7 @@ def test_warm_up_is_linear():
     advantage, rates = advantage_of(algorithm, trajectory, values), []
     for _ in range(5):
         rates.append(updater._learning_rate())
-        updater.update(trajectory, advantage)
+        updater.update(algorithm.learning(policy, trajectory, advantage))
         trajectory = algorithm.collect(policy, policy.encode(PROMPTS), 0)
     assert rates == pytest.approx([0.001, 0.002, 0.003, 0.004, 0.004])
 
@@ -239,7 +238,7 @@ def test_a_sample_that_one_judge_failed_on_is_not_trained():
 def test_micro_batches_hold_every_pair_once_and_never_mix_buckets(size, names):
     """Two networks (Wan 2.2) share no forward pass."""
     bucket = torch.tensor(names)[:, None]
-    part = Part(torch.arange(len(names)), torch.zeros(len(names), dtype=torch.int64), 1.0)
+    part = Part(torch.arange(len(names)), torch.zeros(len(names), dtype=torch.int64), len(names))
     batches = [sample for sample, _ in part.micro_batches(size, bucket)]
     assert sorted(torch.cat(batches).tolist()) == list(range(len(names)))
     assert all(len(batch) <= size and len(bucket[batch].unique()) == 1 for batch in batches)

@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny_qwen
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import Judges, load_reward
 from dancegrpo.rewards.qwen2_vl import evenly_spaced_frames, fitted_size, resize_frames, to_patches
 from dancegrpo.rewards.video_align import VideoAlignReward, read_template
 from dancegrpo.rewards.video_align_weights import LoRA
+from dancegrpo.settings import RewardConfig
 
 TOKENS = ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"]
 TEMPLATE = "\nLook: <|VQ_reward|>\nMove: <|MQ_reward|>\nRead {text_prompt}: <|TA_reward|>\n"

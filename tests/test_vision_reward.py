@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import tiny_qwen
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import Judges, load_reward
 from dancegrpo.rewards.vision_reward import VisionRewardReward, frames_per_second, read_answers, read_questions
+from dancegrpo.settings import RewardConfig
 
 QUESTIONS = ["Does it show [[prompt]]?\n", "Is it bright?\n", "Is [[prompt]] sharp? Say yes or no."]
 WEIGHTS = [0.5, -2, 0.25]

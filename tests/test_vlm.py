@@ -17,12 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import load_reward
 from dancegrpo.rewards.chat import Answer, ScoreError
 from dancegrpo.rewards.vlm import VLMReward, score_answer
+from dancegrpo.settings import RewardConfig
 from tiny_vlm_server import VOCABULARY, TinyVLM, serve
 
 PROMPTS = [Prompt(i, text) for i, text in enumerate(["a cat", "two dogs", "a {prompt}", "a red car", "x"])]

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dancegrpo.algorithms import GRPO, Advantage
-from dancegrpo.config import LoraConfig, ModelConfig, RolloutConfig, load_config
+from dancegrpo.algorithms import GRPO, Advantage, gather
+from dancegrpo.config import load_config
 from dancegrpo.errors import ConfigError, DanceError, ModelError, PromptError
 from dancegrpo.policies import ModelCard, Policy, load_policy
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores
 from dancegrpo.sampling import sample
-from dancegrpo.update import Updater, gather
+from dancegrpo.settings import LoraConfig, ModelConfig, RolloutConfig
+from dancegrpo.update import Updater
 from test_policies import LORA, noise, perturb, pipeline_of
 from tiny_wan import SIZE, build_wan
 
@@ -286,7 +287,7 @@ def test_an_update_trains_both_networks_and_never_mixes_their_steps(folders, mon
         folders["t2v-two"], optimizer={"learning_rate": 1e-3}, update={"micro_batch_size": 5, "updates_per_rollout": 2}
     )
     policy, algorithm = load_policy(config.model, config.rollout), GRPO(config)
-    updater = Updater(policy, algorithm, config)
+    updater = Updater(policy, config)
     trajectory = algorithm.collect(policy, policy.encode(prompts("t2v", *TEXTS[:2])), 0)
     values = policy.decode(trajectory.x0, trajectory.condition).detach().mean(dim=(1, 2, 3, 4))
     advantage = algorithm.advantage({"any": Scores(values, torch.ones(8).bool())}, trajectory.group)
@@ -298,7 +299,7 @@ def test_an_update_trains_both_networks_and_never_mixes_their_steps(folders, mon
 
     monkeypatch.setattr(policy, "predict", predict)
     before = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
-    metrics = updater.update(trajectory, advantage)
+    metrics = updater.update(algorithm.learning(policy, trajectory, advantage))
     assert metrics["train/ratio_first"] == 1.0
     assert metrics["train/replay_difference"] <= 1e-6
     assert sorted(map(len, asked)) == [1] * len(asked)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dancegrpo.config import PromptTemplate
+from dancegrpo.settings import PromptTemplate
 from tiny import _clip_encoder, _clip_tokenizer
 
 SIZE = 32

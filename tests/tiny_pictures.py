@@ -264,8 +264,8 @@ def refused(path: Path, error: type[Exception], model: dict | None = None, rollo
     """The one line with which a model or its settings are refused."""
     import pytest
 
-    from dancegrpo.config import ModelConfig, RolloutConfig
     from dancegrpo.policies import load_policy
+    from dancegrpo.settings import ModelConfig, RolloutConfig
 
     config = {"path": str(path), "height": TINY_SIZE, "width": TINY_SIZE, "device": "cpu"} | (model or {})
     with pytest.raises(error) as caught:

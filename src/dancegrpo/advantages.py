@@ -79,6 +79,17 @@ def batch_advantage(
     return group_advantage(scores, valid, one_group, estimator=estimator, eps=eps, min_spread=min_spread)
 
 
+def standardize(scores: Tensor, baseline: Tensor, *, estimator: Estimator = "unbiased", eps: float = 1e-8) -> Tensor:
+    """(r - mean) / (std + eps) with mean and std of other scores, as of DDPO's running buffer (arXiv:2305.13301).
+
+    scores: (B,). baseline: (N,), all finite, N >= 1. estimator, eps: as in `group_advantage`. Returns (B,) float32.
+    """
+    centred = baseline.double() - baseline.double().mean()
+    count = torch.tensor(float(len(baseline)), dtype=torch.float64)
+    deviation = _deviation(centred.square().sum(), count, estimator, eps)
+    return ((scores.double() - baseline.double().mean()) / deviation).float()
+
+
 def combine(advantages: Mapping[str, Tensor], weights: Mapping[str, float], clamp: float | None) -> Tensor:
     """Sum of the judges' advantages, each (B,), by their weights, then clamped once to [-clamp, clamp].
 

@@ -50,8 +50,11 @@ class Clock:
         return {**{f"seconds/{phase}": value for phase, value in self.seconds.items()}, "seconds/total": total}
 
 
-def reward_metrics(scores: Mapping[str, Scores], advantage: Advantage, group: Tensor) -> dict[str, Any]:
-    """Raw and normalised rewards per judge, groups without signal, masked samples."""
+def reward_metrics(scores: Mapping[str, Scores], advantage: Advantage | None, group: Tensor) -> dict[str, Any]:
+    """Raw and normalised rewards per judge, groups without signal, masked samples.
+
+    scores: of the B samples, {} where none were drawn. advantage: None where an algorithm has none. group: (B,) int64.
+    """
     metrics: dict[str, Any] = {}
     for name, judged in scores.items():
         valid = judged.valid
@@ -61,12 +64,15 @@ def reward_metrics(scores: Mapping[str, Scores], advantage: Advantage, group: Te
         spreads = [_std(judged.values[valid & (group == index)]) for index in group.unique().tolist()]
         known = [spread for spread in spreads if spread is not None]
         metrics[f"reward/{name}/group_std"] = sum(known) / len(known) if known else None
-        if name in advantage.per_judge:
+        if advantage is not None and name in advantage.per_judge:
             # Where another judge failed, the advantage is 0 by definition and says nothing of this one.
             normalized = advantage.per_judge[name][valid & advantage.valid]
             metrics[f"reward/{name}/normalized_mean"] = _mean(normalized)
             metrics[f"reward/{name}/normalized_std"] = _std(normalized)
         metrics[f"reward/{name}/masked"] = int((~valid).sum())
+    metrics["samples/total"] = len(group) if scores else 0
+    if advantage is None:
+        return metrics
     selected = advantage.value[advantage.weight > 0]
     return metrics | {
         "advantage/mean": _mean(selected),
@@ -74,7 +80,6 @@ def reward_metrics(scores: Mapping[str, Scores], advantage: Advantage, group: Te
         "advantage/abs_max": float(selected.abs().max()) if len(selected) else None,
         "groups/total": len(advantage.silent),
         "groups/zero_spread": int(advantage.silent.sum()),
-        "samples/total": len(group),
         "samples/masked": int((~advantage.valid).sum()),
         "samples/selected": len(selected),
     }

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
 
-from dancegrpo.config import RolloutConfig
 from dancegrpo.errors import ConfigError
 from dancegrpo.noise import generator, normal
 from dancegrpo.policies.base import Condition, Dynamics, Policy
 from dancegrpo.sde import Gaussian, Reduction
+from dancegrpo.settings import RolloutConfig
 
+Keep = Literal["transitions", "means", "x0"]
 OnBatch = Callable[[Tensor, Condition], None]
 """What takes a rollout's final latents (N, *S), with their N conditions, as they come."""
 
@@ -37,6 +39,7 @@ class Trajectory:
     x_t, x_next: (B, K, *S) latents before and after the trained transitions, in the host's memory with
     `rollout.store=host`; all else is on the policy's device. step: (B, K) int64. noise_level, log_prob: (B, K) float32.
     x0: (B, *S) final latents. group: (B,) int64 into `condition`. condition: one row per prompt, not per sample.
+    mean: (B, K, *S) means of the transitions, beside x_next, where they were asked for.
     """
 
     x_t: Tensor
@@ -47,25 +50,32 @@ class Trajectory:
     x0: Tensor
     group: Tensor
     condition: Condition
+    mean: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.group)
 
 
-def trained_steps(config: RolloutConfig, dynamics: Dynamics) -> list[int] | int:
+def trained_steps(config: RolloutConfig, dynamics: Dynamics, iteration: int = 0) -> list[int] | int:
     """The transitions that `config.timesteps` names: a list where samples share it, a count where each draws its own.
 
-    The last transition is never among them (its noise does not reach a flow's reward; arXiv:2505.07818, section 4).
-    Raises ConfigError where a step that every sample shares has no noise.
+    The last transition is not among them (its noise does not reach a flow's reward; arXiv:2505.07818, section 4) but
+    with `include_last`. Raises ConfigError for that on a flow, and where a step that every sample shares has no noise.
     """
-    candidates, chosen = dynamics.trainable_steps, config.timesteps
-    if chosen.select == "list":
-        steps = sorted(set(chosen.steps))
-    else:
-        count = int(len(candidates) * chosen.fraction)
-        if chosen.select == "random":
-            return count
-        steps = list(candidates[:count] if chosen.select == "first" else candidates[len(candidates) - count :])
+    candidates, chosen = _candidates(config, dynamics), config.timesteps
+    match chosen.select:
+        case "list":
+            steps = sorted(set(chosen.steps))
+        case "window":
+            first = min(iteration // chosen.slide_every * chosen.stride, len(candidates) - chosen.window)
+            steps = list(candidates[first : first + chosen.window])
+        case "random":
+            return int(len(candidates) * chosen.fraction)
+        case "first" | "last":
+            count = int(len(candidates) * chosen.fraction)
+            steps = list(candidates[:count] if chosen.select == "first" else candidates[len(candidates) - count :])
+        case _:
+            assert_never(chosen.select)
     silent = [step for step in steps if config.noise_levels()[step] == 0]
     if silent:
         raise ConfigError(
@@ -75,12 +85,25 @@ def trained_steps(config: RolloutConfig, dynamics: Dynamics) -> list[int] | int:
     return steps
 
 
+def _candidates(config: RolloutConfig, dynamics: Dynamics) -> range:
+    if not config.timesteps.include_last:
+        return dynamics.trainable_steps
+    if not dynamics.last_step_trainable:
+        raise ConfigError(
+            "rollout.timesteps.include_last=true: this model's last step is decoded as its mean, its noise reaches no "
+            "judge; set it to false"
+        )
+    return range(dynamics.num_steps)
+
+
 def step_plan(config: RolloutConfig, dynamics: Dynamics, num_prompts: int, seed: int, iteration: int) -> StepPlan:
     """The plan for num_prompts x group_size samples; a sample's subset is keyed by (seed, iteration, group, sample)."""
     batch, levels = num_prompts * config.group_size, torch.tensor(config.noise_levels())
-    chosen = trained_steps(config, dynamics)
+    if not levels.any():  # the deterministic sampler: nothing that it does has a probability to train
+        return StepPlan(torch.empty(batch, 0, dtype=torch.int64), levels.expand(batch, -1))
+    chosen = trained_steps(config, dynamics, iteration)
     if isinstance(chosen, int):
-        noisy = torch.tensor([step for step in dynamics.trainable_steps if levels[step] > 0], dtype=torch.int64)
+        noisy = torch.tensor([step for step in _candidates(config, dynamics) if levels[step] > 0], dtype=torch.int64)
         if len(noisy) < chosen:
             raise ConfigError(
                 f"rollout.noise_level leaves {len(noisy)} stochastic steps, rollout.timesteps.fraction="
@@ -126,6 +149,7 @@ def rollout(
     iteration: int = 0,
     reduction: Reduction = "mean",
     on_batch: OnBatch | None = None,
+    keep: Keep = "transitions",
 ) -> Trajectory:
     """Samples group_size outputs for each of the P prompts of `condition` with the policy's stochastic sampler.
 
@@ -133,7 +157,8 @@ def rollout(
     step), so the result does not depend on `config.batch_size` beyond rounding. `sde` and `shift` are the policy's own,
     fixed by `load_policy`; another `num_steps` than its raises ConfigError. reduction: of the log-probability over
     the latent's elements, `mean` or `sum`. on_batch: called with the final latents (N, *S) and the conditions of each
-    batch as it is done, in the order of samples.
+    batch as it is done, in the order of samples. keep: what is recorded of the trained transitions; `x0` = nothing
+    of them (K = 0), `means` = their means too.
     """
     num_prompts, size = len(condition), config.group_size
     if config.num_steps != policy.dynamics.num_steps:
@@ -142,11 +167,13 @@ def rollout(
             "load the policy with the same rollout settings"
         )
     plan = step_plan(config, policy.dynamics, num_prompts, seed, iteration)
+    if keep == "x0":
+        plan = StepPlan(plan.trained[:, :0], plan.noise_level)
     start = starting_noise(config, policy.latent_shape, num_prompts, seed, iteration)
     group = torch.arange(num_prompts).repeat_interleave(size)
     noise_of = partial(_step_noise, plan, policy.latent_shape, size=size, seed=seed, iteration=iteration)
     batch, device = len(plan.trained), policy.device
-    kept = _Kept(plan, policy.latent_shape, config.store, device, reduction)
+    kept = _Kept(plan, policy.latent_shape, config.store, device, reduction, means=keep == "means")
     x0 = torch.empty(batch, *policy.latent_shape, device=device)
     for first in range(0, batch, config.batch_size):
         rows = torch.arange(first, min(first + config.batch_size, batch))
@@ -158,7 +185,35 @@ def rollout(
     kept.settle()
     level = plan.noise_level.gather(1, plan.trained).to(device)
     trained = plan.trained.to(device)
-    return Trajectory(kept.x_t, kept.x_next, trained, level, kept.log_prob, x0, group.to(device), condition)
+    told = (trained, level, kept.log_prob, x0, group.to(device), condition)
+    return Trajectory(kept.x_t, kept.x_next, *told, mean=kept.mean)
+
+
+@torch.no_grad()
+def states(
+    policy: Policy, condition: Condition, config: RolloutConfig, at: Tensor, *, seed: int, iteration: int
+) -> Tensor:
+    """Latents (B, *S) of P x group_size samples, each right before its own step `at` (B,) int64; as `rollout` draws.
+
+    Nothing is drawn past the latest of those steps. Groups are contiguous; condition: of P prompts.
+    """
+    num_prompts, size = len(condition), config.group_size
+    start = starting_noise(config, policy.latent_shape, num_prompts, seed, iteration)
+    plan = StepPlan(at[:, None], torch.tensor(config.noise_levels()).expand(len(at), -1))
+    found = torch.empty(len(at), *policy.latent_shape, device=policy.device)
+    for rows in torch.arange(len(at)).split(config.batch_size):
+        told = condition[(rows // size).to(policy.device)]
+        x = policy.start(start[rows].to(policy.device), told)
+        for step in range(int(at[rows].max()) + 1):
+            here = rows[at[rows] == step]
+            found[here.to(policy.device)] = x[(here - rows[0]).to(policy.device)]
+            if step == int(at[rows].max()):
+                break
+            key = {"size": size, "step": step, "seed": seed, "iteration": iteration}
+            noise = _step_noise(plan, policy.latent_shape, rows=rows, **key)
+            gaussian = _transition(policy, x, step, told, plan.noise_level[rows, step])
+            x = gaussian.mean if noise is None else gaussian.sample(noise.to(x.device))
+    return found
 
 
 def _draw(
@@ -180,7 +235,14 @@ class _Kept:
     """What is kept of the trained transitions while they are drawn; latents on the device or in the host's memory."""
 
     def __init__(
-        self, plan: StepPlan, shape: tuple[int, ...], store: str, device: torch.device, reduction: Reduction
+        self,
+        plan: StepPlan,
+        shape: tuple[int, ...],
+        store: str,
+        device: torch.device,
+        reduction: Reduction,
+        *,
+        means: bool,
     ) -> None:
         self.plan, self.device, self.reduction = plan, device, reduction
         self.log_prob = torch.empty(plan.trained.shape, device=device)
@@ -189,6 +251,7 @@ class _Kept:
             {"device": device} if store == "device" or device.type == "cpu" else {"pin_memory": device.type == "cuda"}
         )
         self.x_t, self.x_next = (torch.empty(*plan.trained.shape, *shape, **place) for _ in range(2))
+        self.mean = torch.empty_like(self.x_t) if means else None
 
     def record(self, rows: Tensor, step: int, x: Tensor, following: Tensor, gaussian: Gaussian) -> None:
         """Keeps the transition x -> following, both (N, *S), of those samples of `rows` (N,) that train this step."""
@@ -198,6 +261,8 @@ class _Kept:
         at, local = rows[local], local.to(self.device)
         put(self.x_t, at, slot, x[local])
         put(self.x_next, at, slot, following[local])
+        if self.mean is not None:
+            put(self.mean, at, slot, gaussian.mean[local])
         taken = Gaussian(gaussian.mean[local], gaussian.std[local])
         put(self.log_prob, at, slot, taken.log_prob(following[local], reduction=self.reduction))
 

@@ -250,6 +250,11 @@ class FlowDynamics:
         """The data predicted at `step` (B,) int64: (B, *S)."""
         return flow_x0(x_t, prediction, self.sigmas[step])
 
+    def noised(self, x0: Tensor, noise: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward process at `step` (B,) int64: x_t = (1 - sigma) x0 + sigma noise, and its velocity, (B, *S)."""
+        sigma = _rows(self.sigmas[step], x0)
+        return (1 - sigma) * x0 + sigma * noise, noise - x0
+
     def to(self, device: torch.device | str) -> Self:
         """The same dynamics with its schedule on `device`."""
         return replace(self, sigmas=self.sigmas.to(device))
@@ -304,6 +309,11 @@ class DiffusionDynamics:
     def x0(self, x_t: Tensor, prediction: Tensor, step: Tensor) -> Tensor:
         """The data predicted at `step` (B,) int64: (B, *S)."""
         return diffusion_x0(x_t, prediction, self.alpha_bar[step])
+
+    def noised(self, x0: Tensor, noise: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward process at `step` (B,) int64: x_t = sqrt(abar) x0 + sqrt(1 - abar) noise, and noise, (B, *S)."""
+        alpha_bar = _rows(self.alpha_bar[step], x0)
+        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, noise
 
     def to(self, device: torch.device | str) -> Self:
         """The same dynamics with its schedule on `device`."""

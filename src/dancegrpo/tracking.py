@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from dancegrpo.config import TrackingConfig
 from dancegrpo.errors import ConfigError
 from dancegrpo.files import write_json
+from dancegrpo.settings import TrackingConfig
 
 IDENTITY_FILE = "tracking.json"
 """In the run's folder: which tracker run this is, so that a resumed run goes on in it."""

@@ -19,7 +19,7 @@ from dancegrpo import evaluate as measure
 from dancegrpo.algorithms import build_algorithm
 from dancegrpo.background import BackgroundWriter
 from dancegrpo.checkpoint import Checkpoint, load_latest, save, truncate_metrics
-from dancegrpo.config import RewardConfig, RunConfig, diff_configs, load_config
+from dancegrpo.config import RunConfig, diff_configs, load_config
 from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.files import write_json
 from dancegrpo.health import Clock, peak_memory_mb, restart_peak, reward_metrics, use_threads
@@ -28,10 +28,21 @@ from dancegrpo.policies.cache import CachedEncoder, ConditionCache
 from dancegrpo.progress import Progress
 from dancegrpo.prompts import GroupSampler, Prompt, open_prompts
 from dancegrpo.report import write_report
-from dancegrpo.rewards import CATALOG, IN_PYTHON, MIN_VALID_FRACTION, FunctionReward, Judges, Reward, load_reward
+from dancegrpo.rewards import (
+    CATALOG,
+    IN_PYTHON,
+    MIN_VALID_FRACTION,
+    FunctionReward,
+    Judges,
+    Reward,
+    Scores,
+    load_reward,
+)
 from dancegrpo.run_folder import RunFolder
+from dancegrpo.run_plan import RunPlan
 from dancegrpo.samples import MOVING_SHEET, SHEET, write_samples
-from dancegrpo.sampling import step_plan, trained_steps
+from dancegrpo.sampling import step_plan
+from dancegrpo.settings import RewardConfig
 from dancegrpo.statistics import summarize
 from dancegrpo.tracking import Tracker, open_tracker
 from dancegrpo.update import Updater
@@ -110,10 +121,11 @@ class Trainer:
         step_plan(config.rollout, self.policy.dynamics, 1, config.seed, 0)  # a plan that cannot be is refused now
         weights = {name: reward.weight for name, reward in config.rewards.items()}
         self.judges = Judges(judges, weights).to(self.policy.device)
-        self.algorithm = build_algorithm(config)
+        self.algorithm = build_algorithm(config, self.judges)
         if self.algorithm.needs_reference:
             self.policy.keep_reference()
-        self.updater = Updater(self.policy, self.algorithm, config)
+        self.updater = Updater(self.policy, config)
+        self.plan = RunPlan(config, self.policy, self.algorithm)
         self.writer = BackgroundWriter()
         self._warned = False
 
@@ -150,8 +162,8 @@ class Trainer:
         with Progress(config.iterations, 0, config.name, console=console) as progress, _stop_requests() as stopped:
             done, seconds = self._restore(folder, progress) if resume else (0, 0.0)
             self._epoch = time.perf_counter() - seconds
-            folder.describe_machine(str(self.policy.device), self.threads, self.derived())
-            progress.message(self.plan())
+            folder.describe_machine(str(self.policy.device), self.threads, self.plan.derived())
+            progress.message(self.plan.text())
             settings = config.model_dump(mode="json")
             tracker = open_tracker(config.tracking, folder.path, folder.path.name, settings, first_step=done)
             try:
@@ -215,15 +227,19 @@ class Trainer:
                     scoring.add(media)
 
             with clock("rollout"):
-                trajectory = self.algorithm.collect(policy, condition, iteration, judge)
-            with clock("reward"):
-                scores = {name: verdict.to("cpu") for name, verdict in self.judges.finish(scoring).items()}
-        self.judges.require_valid(scores)
-        group = trajectory.group.cpu()
+                batch = self.algorithm.collect(policy, condition, iteration, judge)
+            scores: dict[str, Scores] = {}
+            if scoring.arrived:
+                with clock("reward"):
+                    scores = {name: verdict.to("cpu") for name, verdict in self.judges.finish(scoring).items()}
+                self.judges.require_valid(scores)
         with clock("update"):
-            advantage = self.algorithm.advantage(scores, group)
-            metrics = self.updater.update(trajectory, advantage)
-        rewards = reward_metrics(scores, advantage, group)
+            learning = self.algorithm.learn(policy, batch, scores, prompts)
+            metrics = self.updater.update(learning)
+        if learning.scores and not scores:  # judged while learning
+            self.judges.require_valid(learning.scores)
+        group = torch.arange(len(prompts)).repeat_interleave(size)
+        rewards = reward_metrics(learning.scores, learning.advantage, group)
         return {
             "iteration": iteration,
             **rewards,
@@ -231,61 +247,6 @@ class Trainer:
             **clock.metrics(),
             "memory/peak_mb": peak_memory_mb(policy.device),
         }
-
-    def derived(self) -> dict[str, int]:
-        """What follows from the settings: samples, pairs and micro-batches."""
-        config = self.config
-        samples = config.prompts.per_iteration * config.rollout.group_size
-        trained = config.prompts.per_iteration * (config.advantage.keep or config.rollout.group_size)
-        steps = self._steps_per_sample()
-        pairs = trained * steps // config.update.updates_per_rollout
-        return {
-            "samples_per_iteration": samples,
-            "trained_samples_per_iteration": trained,
-            "trained_steps_per_sample": steps,
-            "pairs_per_update": pairs,
-            "micro_batches_per_update": self._micro_batches()[0],
-            "updates": config.iterations * config.update.updates_per_rollout,
-            "trainable_parameters": sum(p.numel() for p in self.policy.trainable().values()),
-        }
-
-    def _steps_per_sample(self) -> int:
-        steps = trained_steps(self.config.rollout, self.policy.dynamics)
-        return steps if isinstance(steps, int) else len(steps)
-
-    def _micro_batches(self) -> tuple[int, bool]:
-        """Of one update: how many, and whether exactly so many; steps drawn from several buckets need more."""
-        config, policy = self.config, self.policy
-        per_prompt = (config.advantage.keep or config.rollout.group_size) // config.update.updates_per_rollout
-        samples, size = config.prompts.per_iteration * per_prompt, config.update.micro_batch_size
-        steps = trained_steps(config.rollout, policy.dynamics)
-        if isinstance(steps, int):
-            buckets = policy.bucket(torch.tensor(list(policy.dynamics.trainable_steps)))
-            return -(-samples * steps // size), len(buckets.unique()) == 1
-        counts = policy.bucket(torch.tensor(steps)).unique(return_counts=True)[1].tolist()
-        return sum(-(-samples * count // size) for count in counts), True
-
-    def plan(self) -> str:
-        """The derived numbers in one line, and advice where the settings are known to hurt."""
-        config, d = self.config, self.derived()
-        prompts, size, updates = (
-            config.prompts.per_iteration,
-            config.rollout.group_size,
-            config.update.updates_per_rollout,
-        )
-        bound = "" if self._micro_batches()[1] else "at least "
-        lines = [
-            f"{prompts} prompts x {size} samples = {d['samples_per_iteration']} per iteration; "
-            f"{d['trained_steps_per_sample']} of {config.rollout.num_steps} steps trained; {updates} update(s) per "
-            f"rollout of {d['pairs_per_update']} pairs in {bound}{d['micro_batches_per_update']} micro-batches; "
-            f"{d['trainable_parameters']:,} trainable parameters"
-        ]
-        if size < 8:
-            lines.append(f"warning: rollout.group_size={size} makes noisy baselines; 8 or more is advised")
-        if self.policy.guided and updates > 1:
-            advice = "can be unstable with classifier-free guidance; 1 is advised"
-            lines.append(f"warning: update.updates_per_rollout={updates} {advice}")
-        return "\n".join(lines)
 
     def _weights(self) -> Any:
         """The weights that are measured and exported: the moving average where one is kept."""
@@ -336,7 +297,7 @@ class Trainer:
 
     def _warn_of_rounding(self, metrics: Mapping[str, Any], progress: Progress) -> None:
         """Says once that sampling and training round differently by more than the clip range bears."""
-        found, bound = metrics["train/replay_difference"], self.config.algorithm.clip_range / 10
+        found, bound = metrics.get("train/replay_difference"), self.config.algorithm.clip_range / 10
         if found is not None and found > bound and not self._warned:
             self._warned = True
             progress.message(
@@ -348,7 +309,8 @@ class Trainer:
     def _save(self, folder: RunFolder, done: int) -> None:
         seconds = time.perf_counter() - self._epoch
         state = {"num_updates": self.updater.num_updates, "algorithm": self.algorithm.state_dict(), "seconds": seconds}
-        save(folder.path, Checkpoint(done, self.updater.state_dict(), state), self.config.checkpoint.keep)
+        tensors = self.updater.state_dict() | {"algorithm": self.algorithm.tensors()}
+        save(folder.path, Checkpoint(done, tensors, state), self.config.checkpoint.keep)
 
     def _restore(self, folder: RunFolder, progress: Progress) -> tuple[int, float]:
         """Loads the newest whole checkpoint and drops later metrics: (iterations done, seconds so far)."""
@@ -359,7 +321,7 @@ class Trainer:
         if checkpoint is None:
             return 0, 0.0
         self.updater.load_state_dict(checkpoint.tensors, checkpoint.state["num_updates"])
-        self.algorithm.load_state_dict(checkpoint.state["algorithm"])
+        self.algorithm.load_state_dict(checkpoint.state["algorithm"], checkpoint.tensors.get("algorithm", {}))
         return done, checkpoint.state["seconds"]
 
 

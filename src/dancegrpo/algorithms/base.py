@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from dancegrpo.algorithms.work import Part
+from dancegrpo.config import RunConfig
 from dancegrpo.policies.base import Condition, Policy
+from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores
-from dancegrpo.sampling import OnBatch, Trajectory
+from dancegrpo.sampling import OnBatch
 
 
 @dataclass(frozen=True)
@@ -30,28 +35,68 @@ class Advantage:
     silent: Tensor
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """One micro-batch of N (sample, step) pairs; rows may sit at different steps.
+class Learning:
+    """One scored batch, ready to learn from: what the updater asks, and what it tells.
 
-    x_t, x_next: (N, *S). step: (N,) int64. noise_level, old_log_prob, advantage: (N,). condition: length N.
-    old_log_prob is None before the first optimizer step of a rollout, where the ratio is 1 by definition.
+    parts: one per optimizer step. bucket: (B, K) int64, which items may share a forward pass. advantage: what the
+    scores were turned into, None where an algorithm has no such thing. scores: the judges' verdicts on the samples.
     """
 
-    x_t: Tensor
-    x_next: Tensor
-    step: Tensor
-    noise_level: Tensor
-    advantage: Tensor
-    condition: Condition
-    old_log_prob: Tensor | None
+    parts: Sequence[Part]
+    bucket: Tensor
+    advantage: Advantage | None = None
+    scores: Mapping[str, Scores]
+
+    def __init__(self) -> None:
+        self.scores = {}
+        self._told: dict[str, list[Tensor]] = defaultdict(list)
+
+    def loss(self, sample: Tensor, slot: Tensor) -> Tensor:
+        """Loss (N,) of the items (sample, slot), both (N,) int64, with gradient; notes its statistics."""
+        raise NotImplementedError
+
+    def before_step(self, index: int) -> None:
+        """The gradients of part `index` are there; its optimizer step follows."""
+
+    def after_step(self, *, moved: bool) -> None:
+        """moved: whether the weights changed; they do not where the gradient was not finite."""
+
+    def metrics(self) -> dict[str, float | None]:
+        """Statistics of all losses so far, by name under `train/`: the mean of each that was noted."""
+        return {f"train/{name}": float(torch.cat(told).double().mean()) for name, told in self._told.items()}
+
+    def note(self, **statistics: Tensor) -> None:
+        """Remembers (N,) values by name, without their graph."""
+        for name, values in statistics.items():
+            self._told[name].append(values.detach())
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one rollout asks of the optimizer.
+
+    samples: trained ones (pairs of samples for DPO). steps: of each, a list where they share it, a count where each
+    draws its own.
+    """
+
+    samples: int
+    steps: list[int] | int
+
+    @property
+    def steps_per_sample(self) -> int:
+        """How many items a sample has."""
+        return self.steps if isinstance(self.steps, int) else len(self.steps)
 
 
 class Algorithm(Protocol):
-    """What varies between policy-gradient algorithms on one rollout."""
+    """What varies between algorithms on one loop."""
 
+    config: RunConfig
     needs_reference: bool
-    """Whether `loss` reads the starting policy's predictions."""
+    """Whether the loss reads the starting policy's predictions."""
+
+    def workload(self, policy: Policy) -> Workload:
+        """The work of a rollout of which every sample is valid and has a signal."""
 
     def collect(
         self,
@@ -59,20 +104,40 @@ class Algorithm(Protocol):
         condition: Condition,
         iteration: int,
         on_batch: OnBatch | None = None,
-    ) -> Trajectory:
-        """One rollout of `condition`'s prompts. on_batch: given latents and conditions as they come."""
+    ) -> Any:
+        """One batch from `condition`'s prompts. on_batch: given the samples to judge, as they come: all or none."""
 
-    def advantage(self, scores: Mapping[str, Scores], group: Tensor) -> Advantage:
-        """Judges' scores -> advantage and weight of each sample."""
+    def learn(self, policy: Policy, batch: Any, scores: Mapping[str, Scores], prompts: Sequence[Prompt]) -> Learning:
+        """What `collect` gave, with the verdicts on it ({} where `collect` gave nothing to judge), ready to learn from.
 
-    def log_prob(self, policy: Policy, pairs: Pairs) -> Tensor:
-        """(N,) log-probability of the transitions taken, under the current policy, by the training forward."""
-
-    def loss(self, policy: Policy, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Per-pair loss (N,) and per-pair statistics (N,), `log_prob` and `ratio` among them."""
+        prompts: of the groups, in order.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on: JSON-able."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict`."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The same of tensors, by name."""
+
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Restores both."""
+
+
+class Stateless:
+    """An algorithm that keeps nothing between iterations."""
+
+    needs_reference = False
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to restore."""

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dancegrpo.config import RolloutConfig
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.export import Usage
 from dancegrpo.policies.pipeline import PipelinePolicy
 from dancegrpo.sde import FlowDynamics, flow_sigmas
+from dancegrpo.settings import RolloutConfig
 
 
 class FlowPolicy(PipelinePolicy):

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.base import Condition
 from dancegrpo.policies.flow import FlowPolicy, resolution_mu
 from dancegrpo.prompts import Prompt
+from dancegrpo.settings import ModelConfig, RolloutConfig
 
 
 class FluxPolicy(FlowPolicy):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.media import reference_image
 from dancegrpo.policies.base import Condition
@@ -22,6 +21,7 @@ from dancegrpo.policies.export import Task
 from dancegrpo.policies.flow import FlowPolicy
 from dancegrpo.policies.guidance import guide
 from dancegrpo.prompts import Prompt
+from dancegrpo.settings import ModelConfig, RolloutConfig
 
 TEXT = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
 """What the network reads of a prompt: the language model's states, their mask, and CLIP's pooled state."""

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.dotted import import_dotted
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.base import Policy
+from dancegrpo.settings import ModelConfig, RolloutConfig
 
 if TYPE_CHECKING:
     from dancegrpo.policies.pipeline import PipelinePolicy

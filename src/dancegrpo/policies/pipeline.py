@@ -16,8 +16,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dancegrpo.config import LoraConfig as LoraSettings
-from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.files import write_atomically
 from dancegrpo.noise import key
@@ -26,6 +24,8 @@ from dancegrpo.policies.export import ModelCard, Task, Usage, card_text
 from dancegrpo.policies.offload import lent
 from dancegrpo.prompts import Prompt
 from dancegrpo.sde import Dynamics
+from dancegrpo.settings import LoraConfig as LoraSettings
+from dancegrpo.settings import ModelConfig, RolloutConfig
 
 OPTIONAL_SETTINGS = ("num_frames", "max_sequence_length", "true_cfg_scale", "guidance_scale_2", "prompt_template")
 """Settings of a model that only some families read; a family names its own in `settings`."""

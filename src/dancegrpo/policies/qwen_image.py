@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.base import Condition
 from dancegrpo.policies.flow import FlowPolicy, resolution_mu
 from dancegrpo.policies.guidance import NEGATIVE, guide
 from dancegrpo.policies.matching import require_text_width
 from dancegrpo.prompts import Prompt
+from dancegrpo.settings import ModelConfig, RolloutConfig
 
 TEXT, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.base import Condition
 from dancegrpo.policies.export import Usage
@@ -17,6 +16,7 @@ from dancegrpo.policies.matching import require_text_width
 from dancegrpo.policies.pipeline import PipelinePolicy
 from dancegrpo.prompts import Prompt
 from dancegrpo.sde import DiffusionDynamics, diffusion_alpha_bar
+from dancegrpo.settings import ModelConfig, RolloutConfig
 
 
 class StableDiffusionPolicy(PipelinePolicy):

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.base import Condition
 from dancegrpo.policies.export import Usage
@@ -16,6 +15,7 @@ from dancegrpo.policies.flow import FlowPolicy, resolution_mu
 from dancegrpo.policies.guidance import both_branches, combine
 from dancegrpo.policies.matching import require_text_width
 from dancegrpo.prompts import Prompt
+from dancegrpo.settings import ModelConfig, RolloutConfig
 
 
 class StableDiffusion3Policy(FlowPolicy):

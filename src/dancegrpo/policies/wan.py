@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dancegrpo.config import ModelConfig, RolloutConfig
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.base import Condition
 from dancegrpo.policies.export import Task, Usage
@@ -19,6 +18,7 @@ from dancegrpo.policies.flow import FlowPolicy
 from dancegrpo.policies.matching import require_text_width
 from dancegrpo.prompts import Prompt
 from dancegrpo.sde import FlowDynamics
+from dancegrpo.settings import ModelConfig, RolloutConfig
 
 
 class WanPolicy(FlowPolicy):

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.dotted import import_dotted, nearest
 from dancegrpo.errors import DanceError, RewardError
 from dancegrpo.rewards.base import FunctionReward, Reward, describe
 from dancegrpo.rewards.catalog import CATALOG
 from dancegrpo.rewards.compose import Binary, OverFrames, TimeLimit
 from dancegrpo.rewards.panel import Judges
+from dancegrpo.settings import RewardConfig
 
 IN_PYTHON = "python:"
 """Begins the `judge` of one that was handed over as a Python object: a config names it but cannot load it."""

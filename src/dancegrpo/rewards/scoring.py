@@ -35,7 +35,8 @@ class Scoring:
         self.rewards, self.prompts, self.ask = rewards, list(prompts), ask
         self._pieces: list[Tensor] = []
         self._dropped = 0  # samples before the first piece
-        self._arrived = 0
+        self.arrived = 0
+        """Samples added so far."""
         self._asked = dict.fromkeys(rewards, 0)
         self._parts: dict[str, list[Scores | Future[Scores]]] = {name: [] for name in rewards}
         self._threads: dict[str, _Worker] = {}
@@ -52,19 +53,19 @@ class Scoring:
 
     def add(self, media: Tensor) -> None:
         """The next samples, (N, F, 3, H, W)."""
-        if self._arrived + len(media) > len(self.prompts):
-            raise ValueError(f"{self._arrived + len(media)} samples came with {len(self.prompts)} prompts.")
+        if self.arrived + len(media) > len(self.prompts):
+            raise ValueError(f"{self.arrived + len(media)} samples came with {len(self.prompts)} prompts.")
         self._pieces.append(media)
-        self._arrived += len(media)
+        self.arrived += len(media)
         self._advance(last=False)
-        needed = min(self._asked.values(), default=self._arrived)
+        needed = min(self._asked.values(), default=self.arrived)
         while self._pieces and self._dropped + len(self._pieces[0]) <= needed:
             self._dropped += len(self._pieces.pop(0))
 
     def result(self) -> dict[str, Scores]:
         """Every judge's scores of all samples; waits for those still at work."""
-        if self._arrived != len(self.prompts):
-            raise ValueError(f"{self._arrived} samples came with {len(self.prompts)} prompts: give one each.")
+        if self.arrived != len(self.prompts):
+            raise ValueError(f"{self.arrived} samples came with {len(self.prompts)} prompts: give one each.")
         self._advance(last=True)
         self._pieces.clear()  # whoever still holds this while training must not hold the media with it
         return {
@@ -81,8 +82,8 @@ class Scoring:
         for name in sorted(self.rewards, key=lambda name: not runs_elsewhere(self.rewards[name], device)):
             reward = self.rewards[name]
             size = reward.batch_size or len(self.prompts)
-            while (first := self._asked[name]) < self._arrived and (last or first + size <= self._arrived):
-                end = self._asked[name] = min(first + size, self._arrived)
+            while (first := self._asked[name]) < self.arrived and (last or first + size <= self.arrived):
+                end = self._asked[name] = min(first + size, self.arrived)
                 call = partial(self._ask, reward, self._samples(first, end), self.prompts[first:end])
                 if runs_elsewhere(reward, device):
                     if name not in self._threads:

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from dancegrpo.algorithms import GRPO
-from dancegrpo.algorithms.base import Advantage, Pairs
-from dancegrpo.config import LoraConfig, RunConfig
+from dancegrpo.algorithms.base import Advantage
+from dancegrpo.algorithms.policy_gradient import REPLAY_LIMIT, Pairs, gather
+from dancegrpo.config import RunConfig
 from dancegrpo.noise import normal
 from dancegrpo.policies import Condition, ModelCard, load_policy
 from dancegrpo.policies.pipeline import PipelinePolicy
 from dancegrpo.prompts import Prompt
 from dancegrpo.sampling import Trajectory, sample
-from dancegrpo.update import REPLAY_LIMIT, gather
+from dancegrpo.settings import LoraConfig
 from dancegrpo.validate import causes
 from dancegrpo.validate.trace import Trace, record_decoded, trace_pipeline, trace_policy_step
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 
-from dancegrpo.config import RewardConfig
 from dancegrpo.errors import RewardError
 from dancegrpo.rewards.base import Reward, describe
 from dancegrpo.rewards.catalog import CATALOG
@@ -21,6 +20,7 @@ from dancegrpo.rewards.loading import load_reward
 from dancegrpo.rewards.service.queueing import Line
 from dancegrpo.rewards.service.token import checked
 from dancegrpo.rewards.weights import best_device
+from dancegrpo.settings import RewardConfig
 
 if TYPE_CHECKING:
     from uvicorn import Server

@@ -1,0 +1,121 @@
+"""DiffusionNFT (arXiv:2509.16117): contrasts good and bad samples on the forward process; any sampler will do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dancegrpo.algorithms.base import Advantage, Learning, Workload
+from dancegrpo.algorithms.forward import draw_steps, forward_noise
+from dancegrpo.algorithms.grpo import GRPO
+from dancegrpo.algorithms.work import work_list
+from dancegrpo.config import RunConfig
+from dancegrpo.objectives import nft_loss, optimality
+from dancegrpo.policies.base import Condition, Policy
+from dancegrpo.prompts import Prompt
+from dancegrpo.rewards.base import Scores
+from dancegrpo.sampling import OnBatch, Trajectory, rollout
+
+_DEFAULT_BOUND = 5.0
+
+
+class NFT(GRPO):
+    """Learns the velocity towards samples of high advantage and away from those of low.
+
+    `old` is the sampling policy, an exponential moving average of the trained one: it draws the rollouts, and the
+    implicit positive and negative policies lean from it to either side.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.old: dict[str, Tensor] | None = None
+
+    def workload(self, policy: Policy) -> Workload:
+        """See `Algorithm.workload`: (sample, draw) items."""
+        samples = self.config.prompts.per_iteration * (self.config.advantage.keep or self.config.rollout.group_size)
+        return Workload(samples, self.config.algorithm.nft.draws)
+
+    def collect(  # type: ignore[override]
+        self, policy: Policy, condition: Condition, iteration: int, on_batch: OnBatch | None = None
+    ) -> tuple[Trajectory, int]:
+        """Samples groups from `old`, keeping their final latents alone."""
+        self._follow(policy)
+        config = self.config
+        settings: Any = {"seed": config.seed, "iteration": iteration, "on_batch": on_batch, "keep": "x0"}
+        with self.sampling_policy(policy):
+            return rollout(policy, condition, config.rollout, **settings), iteration
+
+    @torch.no_grad()
+    def _follow(self, policy: Policy) -> None:
+        """old <- decay old + (1 - decay) current, once per rollout."""
+        current = {name: p.detach() for name, p in policy.trainable().items()}
+        if self.old is None:
+            self.old = {name: weight.clone() for name, weight in current.items()}
+            return
+        decay = self.config.algorithm.nft.old_decay
+        torch._foreach_lerp_(list(self.old.values()), [current[name] for name in self.old], 1.0 - decay)
+
+    @contextmanager
+    def sampling_policy(self, policy: Policy) -> Iterator[None]:
+        """Within it, the policy predicts with `old`."""
+        assert self.old is not None
+        with policy.use_weights(self.old):
+            yield
+
+    def learn(  # type: ignore[override]
+        self, policy: Policy, batch: tuple[Trajectory, int], scores: Mapping[str, Scores], prompts: Sequence[Prompt]
+    ) -> NFTLearning:
+        """See `Algorithm.learn`."""
+        trajectory, iteration = batch
+        learning = NFTLearning(
+            self, policy, trajectory, self.advantage(scores, trajectory.group.cpu(), prompts), iteration
+        )
+        learning.scores = scores
+        return learning
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sampling policy's weights."""
+        return dict(self.old or {})
+
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Restores `tensors`."""
+        self.old = {name: weight.clone() for name, weight in tensors.items()} or None
+
+
+class NFTLearning(Learning):
+    """Final latents being learnt from, each at `draws` noised states."""
+
+    def __init__(
+        self, algorithm: NFT, policy: Policy, trajectory: Trajectory, advantage: Advantage, iteration: int
+    ) -> None:
+        super().__init__()
+        config = algorithm.config
+        settings, updates = config.algorithm.nft, config.update.updates_per_rollout
+        self.algorithm, self.policy, self.trajectory, self.iteration = algorithm, policy, trajectory, iteration
+        self.advantage = advantage
+        self.optimality = optimality(advantage.value, config.advantage.clamp or _DEFAULT_BOUND)
+        # A sample of no advantage is half positive, half negative: it has a gradient, unlike in GRPO.
+        dealt = algorithm.deal(advantage, trajectory.group.cpu())
+        self.parts = work_list(dealt, torch.ones_like(advantage.valid), settings.draws, updates)
+        draws: Any = {"seed": config.seed, "iteration": iteration}
+        self.step = draw_steps(policy, len(trajectory), settings.draws, **draws)
+        self.bucket = policy.bucket(self.step)
+
+    def loss(self, sample: Tensor, slot: Tensor) -> Tensor:
+        """See `Learning.loss`."""
+        policy, config = self.policy, self.algorithm.config
+        here = sample.to(policy.device)
+        x0, step = self.trajectory.x0[here], self.step[sample, slot].to(policy.device)
+        condition = self.trajectory.condition[self.trajectory.group[here]]
+        noise = forward_noise(policy, sample, slot, seed=config.seed, iteration=self.iteration)
+        x_t, _ = policy.dynamics.noised(x0, noise, step)
+        with torch.no_grad(), self.algorithm.sampling_policy(policy):
+            old = policy.predict(x_t, step, condition)
+        lean = config.algorithm.nft.beta * (policy.predict(x_t, step, condition) - old)
+        sides = [policy.dynamics.x0(x_t, old + sign * lean, step) for sign in (1, -1)]
+        self.note(old_distance=lean.square().flatten(1).mean(1))
+        return nft_loss(*sides, x0, self.optimality[sample].to(policy.device), config.algorithm.nft.beta)
