@@ -131,6 +131,47 @@ def evaluate(
     _print(result, table, as_json)
 
 
+@app.command(
+    epilog="Example: `dancegrpo reproduce table2` or `dancegrpo reproduce all --seeds 3 --results docs/results`"
+)
+def reproduce(
+    study: Annotated[str, typer.Argument(help="table2, table5, figure5, ..., all, or a YAML file (docs/studies.md).")],
+    seeds: Annotated[int, typer.Option(help="Seeds 0 to N-1 of every arm.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and their logs.")] = Path("reproduce"),
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of the results kept of them and of the pages; by default --out.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Runs at a time; by default one per core.")] = None,
+    rerun: Annotated[bool, typer.Option("--rerun", help="As if there were no results yet.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Run nothing: print the table of the results.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Re-run a comparison of the paper in miniature and write its page; a second call goes on from a first."""
+    from rich.console import Console
+
+    from dancegrpo.studies import markdown_tables, studies_named
+    from dancegrpo.studies import reproduce as run
+
+    chosen = studies_named(study)
+    if markdown:
+        print(markdown_tables(chosen, results or out))
+        return
+    console = Console(stderr=True)
+    outcome = run(
+        chosen,
+        seeds=seeds,
+        out=out,
+        results=results,
+        workers=workers,
+        rerun=rerun,
+        say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+    )
+    pages = [str(page) for page in outcome.pages]
+    _print({"pages": pages, "failures": outcome.failures}, "\n".join([*pages, *outcome.failures]), as_json)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+
+
 @app.command(epilog="Example: `dancegrpo report runs/shapes-flux-seed0`")
 def report(
     run_dir: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
@@ -142,6 +183,20 @@ def report(
 
     path = write_report(RunFolder.open(run_dir).path)
     _print({"report": str(path)}, str(path), as_json)
+
+
+@app.command(epilog="Example: `dancegrpo compare runs/shapes-flux-seed0 runs/shapes-flux-seed0-2 --out compare.html`")
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, finished or not.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Overlay two or more runs on one page: settings, held-out scores, pictures, curves; the first is the yardstick."""
+    from dancegrpo.report.compare import as_json as told
+    from dancegrpo.report.compare import as_table, compare_runs
+
+    result = compare_runs(run_dirs, out)
+    _print(told(result), as_table(result), as_json)
 
 
 @app.command(epilog="Example: `dancegrpo recipes` or `dancegrpo recipes flux-hps`")

@@ -113,6 +113,8 @@ class PromptsConfig(Frozen):
     """Prompts that are only measured; the same forms. Never trained on."""
     per_iteration: Positive = 8
     """Prompts (groups) per rollout, over all devices."""
+    limit: Positive | None = None
+    """Train on the first so many prompts alone; None = all."""
     column: str = "text"
     """The field that holds the prompt in json, jsonl, csv, parquet and hub datasets."""
     image: str = "image"

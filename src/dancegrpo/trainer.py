@@ -25,6 +25,7 @@ from dancegrpo.files import write_json
 from dancegrpo.health import Clock, peak_memory_mb, restart_peak, reward_metrics, use_threads
 from dancegrpo.policies import Condition, Policy, load_policy
 from dancegrpo.policies.cache import CachedEncoder, ConditionCache
+from dancegrpo.preferences import match_pairs
 from dancegrpo.progress import Progress
 from dancegrpo.prompts import GroupSampler, Prompt, open_prompts
 from dancegrpo.report import write_report
@@ -106,12 +107,16 @@ class Trainer:
         self.config = config
         self.threads = use_threads(config.threads)
         prompts = config.prompts
+        match_pairs(config)
         self.prompts = open_prompts(prompts.train, **prompts.reading())
-        self.sampler = GroupSampler(len(self.prompts), prompts.per_iteration, config.seed)
+        known = min(len(self.prompts), prompts.limit or len(self.prompts))
+        self.sampler = GroupSampler(known, prompts.per_iteration, config.seed)
         self.held_out = measure.held_out(config)
         self.policy: Policy = load_policy(config.model, config.rollout, seed=config.seed)
         self._refuse_idle_negative()
         self._require_images()
+        if config.offline:
+            _ = self.policy.media_shape  # a model that cannot learn from recorded pictures is refused now
         cache = (
             ConditionCache(Path(config.output) / ".conditions", prompts.cache_mb * 1_000_000)
             if prompts.cache_mb
@@ -164,6 +169,8 @@ class Trainer:
             self._epoch = time.perf_counter() - seconds
             folder.describe_machine(str(self.policy.device), self.threads, self.plan.derived())
             progress.message(self.plan.text())
+            if ties := self.prompts.ties:
+                progress.message(f"{ties} ties of {config.prompts.train} make no pair and are left out")
             settings = config.model_dump(mode="json")
             tracker = open_tracker(config.tracking, folder.path, folder.path.name, settings, first_step=done)
             try:

@@ -1,5 +1,7 @@
 """Algorithms: which batch to collect, which loss on it. One short file each."""
 
+from collections.abc import Callable
+
 from dancegrpo.algorithms.base import Advantage, Algorithm, Learning, Workload
 from dancegrpo.algorithms.ddpo import DDPO
 from dancegrpo.algorithms.dpo import DPO
@@ -35,4 +37,11 @@ def build_algorithm(config: RunConfig, judges: Judges) -> Algorithm:
     """The algorithm that `config.algorithm.name` names. Raises ConfigError where it does not fit the judges."""
     if config.algorithm.name == "refl":
         return ReFL(config, judges)
-    return {"grpo": GRPO, "ddpo": DDPO, "dpok": DPOK, "dpo": DPO, "nft": NFT}[config.algorithm.name](config)
+    others: dict[str, Callable[[RunConfig], Algorithm]] = {
+        "grpo": GRPO,
+        "ddpo": DDPO,
+        "dpok": DPOK,
+        "dpo": DPO,
+        "nft": NFT,
+    }
+    return others[config.algorithm.name](config)

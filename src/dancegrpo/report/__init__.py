@@ -54,6 +54,31 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: RunFolder) -> str:
     """The page as text: markup, style, script, data and pictures in one."""
+    held_out = read_held_out(run)
+    sections = chart_sections(run, held_out)
+    return render_page(
+        "page.html.j2",
+        [chart for section in sections for chart in section.charts],
+        run=run,
+        verdict=verdict(run, held_out),
+        facts=key_facts(run),
+        held_out=held_out,
+        tasks=task_rows(held_out) if held_out else [],
+        columns=column_rows(run, held_out) if held_out else [],
+        gallery=gallery(run),
+        findings=findings(run, held_out),
+        sections=sections,
+        phases=phase_shares(run),
+        setup=setup_facts(run),
+        cost=cost_facts(run),
+    )
+
+
+def render_page(template: str, charts: list[Chart], **values: Any) -> str:
+    """A template of this package's assets as one self-contained page: escaped, its script the only one that may run.
+
+    charts: what the page draws, in the order in which the template numbers them. values: the template's own.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -64,25 +89,10 @@ def render(run: RunFolder) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(show=show, duration=duration, moment=moment, interval=interval, change=change)
-    held_out = read_held_out(run)
-    sections = chart_sections(run, held_out)
-    pictures = gallery(run)
-    charts = [chart for section in sections for chart in section.charts]
     script = _asset("page.js")
-    return environment.get_template("page.html.j2").render(
-        run=run,
-        verdict=verdict(run, held_out),
-        facts=key_facts(run),
-        held_out=held_out,
-        tasks=task_rows(held_out) if held_out else [],
-        columns=column_rows(run, held_out) if held_out else [],
-        gallery=pictures,
+    return environment.get_template(template).render(
+        **values,
         gap=GAP,
-        findings=findings(run, held_out),
-        sections=sections,
-        phases=phase_shares(run),
-        setup=setup_facts(run),
-        cost=cost_facts(run),
         style=_asset("page.css"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),

@@ -20,17 +20,24 @@ Unit = Literal["number", "percent", "seconds", "megabytes", "ratio"]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart; low and high bound its band."""
+    """One line of a chart; low and high bound its band.
+
+    x: where its values lie, ascending, when that is not where the chart's others do. color: of the palette, when its
+    place in the chart does not give it.
+    """
 
     name: str
     values: Values
     low: Values | None = None
     high: Values | None = None
+    x: list[int] | None = None
+    color: int | None = None
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One drawing. x: iterations. axis: how the tooltip calls x. reference: a dashed line with its label."""
+    """One drawing. x: iterations, or all places where a series has a value. axis: how the tooltip calls x.
+    reference: a dashed line with its label."""
 
     title: str
     about: str
@@ -69,6 +76,9 @@ class Chart:
         for series in record["series"]:
             for name in ("values", "low", "high"):
                 series[name] = series[name] and [value and float(f"{value:.9g}") for value in series[name]]
+            for name in ("x", "color"):
+                if series[name] is None:
+                    del series[name]
         return record
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt's pictures or clips (None = missing), one per shown iteration."""
+    """One prompt's pictures or clips (None = missing), one per shown iteration, or one per run."""
 
     text: str
     task: str | None
@@ -104,12 +105,42 @@ def _cost(file: Path) -> int:
     return size if file.suffix == ".png" else min(size, CLIP_BYTES) if file.suffix == ".webp" else CLIP_BYTES
 
 
+def newest_samples(run: RunFolder) -> tuple[int, dict[int, Path]] | None:
+    """The newest iteration (done so far) with a whole set of samples, and its files by prompt; None without any.
+
+    A set that is still being written has fewer files than those before it.
+    """
+    shown = {number: files for number, folder in run.samples.items() if (files := _files(folder))}
+    return max(shown.items(), key=lambda item: (len(item[1]), item[0]), default=None)
+
+
+def side_by_side(samples: Sequence[tuple[RunFolder, Mapping[int, Path]]], indices: Sequence[int]) -> list[Pair]:
+    """One `Pair` for each prompt of `indices`, its frames those of several runs; the first run says what was asked.
+
+    samples: each run with its files by prompt. Prompts that would take the page beyond BUDGET_BYTES are left out.
+    """
+    limit, pairs, size = min(CLIP_BYTES, BUDGET_BYTES // (len(samples) * max(1, len(indices)))), list[Pair](), 0
+    for index in indices:
+        embedded = [_embedded(run, files.get(index), limit) for run, files in samples]
+        size += sum(len(frame.source) for frame in embedded if frame)
+        if pairs and size > BUDGET_BYTES * 4 // 3:  # base64 is a third longer than its bytes
+            break
+        if pair := _captioned(samples[0][0], index, embedded):
+            pairs.append(pair)
+    return pairs
+
+
 def _pair(run: RunFolder, index: int, files: list[Path | None], limit: int) -> Pair | None:
-    fps = float(run.setting("model.fps", 8))
-    embedded = [
-        None if file is None else _embed_clip(file, fps, limit) if file.suffix in MOVING else _embed(file)
-        for file in files
-    ]
+    return _captioned(run, index, [_embedded(run, file, limit) for file in files])
+
+
+def _embedded(run: RunFolder, file: Path | None, limit: int) -> Picture | None:
+    if file is None:
+        return None
+    return _embed_clip(file, float(run.setting("model.fps", 8)), limit) if file.suffix in MOVING else _embed(file)
+
+
+def _captioned(run: RunFolder, index: int, embedded: list[Picture | None]) -> Pair | None:
     shown = [found for found in embedded if found]
     if not shown:
         return None

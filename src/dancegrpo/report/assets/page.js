@@ -34,6 +34,7 @@
     return node;
   };
   const color = (index) => `var(--c${index % 7})`;
+  const hue = (series, index) => color(series.color ?? index);
 
   // Exponential running mean without the bias towards its first value; gaps stay gaps.
   const smooth = (values) => {
@@ -121,39 +122,41 @@
       this.show(this.at);
     }
     drawSeries(svg, series, index) {
-      const stroke = { style: `stroke:${color(index)}` }, fill = { style: `fill:${color(index)}` };
+      const fill = { style: `fill:${hue(series, index)}` }, places = series.x ?? this.chart.x;
+      // Where the palette is used up, it starts again with dashes.
+      const stroke = { style: `stroke:${hue(series, index)}${(series.color ?? 0) > 6 ? ";stroke-dasharray:6 4" : ""}` };
       if (this.layers) {
         const { low, high } = this.layers[index];
-        element("path", { class: "area", d: this.area(low, high), ...fill }, svg);
+        element("path", { class: "area", d: this.area(low, high, places), ...fill }, svg);
         return;
       }
-      if (series.low) element("path", { class: "band", d: this.area(series.low, series.high), ...fill }, svg);
+      if (series.low) element("path", { class: "band", d: this.area(series.low, series.high, places), ...fill }, svg);
       const mean = this.smooth[index];
-      element("path", { class: mean ? "raw" : "strong", d: this.path(series.values), ...stroke }, svg);
-      if (mean) element("path", { class: "strong", d: this.path(mean), ...stroke }, svg);
-      if (this.chart.x.length <= 12 || series.values.filter((v) => v !== null).length <= 2) {
+      element("path", { class: mean ? "raw" : "strong", d: this.path(series.values, places), ...stroke }, svg);
+      if (mean) element("path", { class: "strong", d: this.path(mean, places), ...stroke }, svg);
+      if (places.length <= 12 || series.values.filter((v) => v !== null).length <= 2) {
         series.values.forEach((v, i) => {
-          if (v !== null) element("circle", { cx: this.sx(this.chart.x[i]), cy: this.sy(v), r: 3.2, ...fill }, svg);
+          if (v !== null) element("circle", { cx: this.sx(places[i]), cy: this.sy(v), r: 3.2, ...fill }, svg);
         });
       }
     }
-    path(values) {
+    path(values, places) {
       let d = "", pen = "M";
       values.forEach((value, i) => {
         if (value === null) { pen = "M"; return; }
-        d += `${pen}${this.sx(this.chart.x[i]).toFixed(1)},${this.sy(value).toFixed(1)}`;
+        d += `${pen}${this.sx(places[i]).toFixed(1)},${this.sy(value).toFixed(1)}`;
         pen = "L";
       });
       return d;
     }
     // One closed shape for each stretch without gaps.
-    area(low, high) {
+    area(low, high, places) {
       let d = "", run = [];
       const close = () => {
-        const at = (i, y) => `${this.sx(this.chart.x[i]).toFixed(1)},${this.sy(y).toFixed(1)}`;
+        const at = (i, y) => `${this.sx(places[i]).toFixed(1)},${this.sy(y).toFixed(1)}`;
         if (run.length === 1) {
           // A lone point has no width: it is drawn as a bar.
-          const x = this.sx(this.chart.x[run[0]]), half = this.layers ? 24 : 4;
+          const x = this.sx(places[run[0]]), half = this.layers ? 24 : 4;
           const [top, bottom] = [this.sy(high[run[0]]), this.sy(low[run[0]])].map((y) => y.toFixed(1));
           d += `M${x - half},${top}H${x + half}V${bottom}H${x - half}Z`;
         }
@@ -171,6 +174,15 @@
         if (Math.abs(this.sx(value) - x) < Math.abs(this.sx(this.chart.x[best]) - x)) best = i;
       });
       this.show(best);
+    }
+    // Which value of a series belongs to the chart's place `at`: of one with places of its own the nearest, none beyond
+    // its ends.
+    index(series, at) {
+      if (!series.x) return at;
+      const x = this.chart.x[at], count = series.x.length;
+      if (x < series.x[0] || x > series.x[count - 1]) return -1;
+      const above = series.x.findIndex((value) => value >= x);
+      return above > 0 && x - series.x[above - 1] <= series.x[above] - x ? above - 1 : above;
     }
     key(event) {
       const last = this.chart.x.length - 1, at = this.at ?? last;
@@ -190,8 +202,8 @@
       element("line", { class: "cursor", x1: x, x2: x, y1: MARGIN.top, y2: this.box.clientHeight - MARGIN.bottom }, this.cursor);
       if (!this.layers) {
         chart.series.forEach((series, index) => {
-          const value = series.values[at];
-          if (value !== null) element("circle", { cx: x, cy: this.sy(value), r: 4, style: `fill:${color(index)}` }, this.cursor);
+          const k = this.index(series, at), value = series.values[k] ?? null, cx = series.x ? this.sx(series.x[k]) : x;
+          if (value !== null) element("circle", { cx, cy: this.sy(value), r: 4, style: `fill:${hue(series, index)}` }, this.cursor);
         });
       }
       this.write(at);
@@ -205,14 +217,15 @@
       head.textContent = `${chart.axis} ${chart.x[at]}`;
       const rows = chart.series.map((series, index) => {
         const row = document.createElement("div"), swatch = document.createElement("i"), extra = document.createElement("em");
-        swatch.style.background = color(index);
-        const mean = this.smooth[index]?.[at];
-        if (series.low && series.low[at] !== null) {
-          extra.textContent = `  ${format(series.low[at], chart.unit)} to ${format(series.high[at], chart.unit)}`;
+        swatch.style.background = hue(series, index);
+        const k = this.index(series, at), mean = this.smooth[index]?.[k];
+        if (typeof series.low?.[k] === "number") {
+          extra.textContent = `  ${format(series.low[k], chart.unit)} to ${format(series.high[k], chart.unit)}`;
         } else if (mean !== null && mean !== undefined) {
           extra.textContent = `  mean ${format(mean, chart.unit)}`;
         }
-        row.append(swatch, `${series.name} ${format(series.values[at], chart.unit)}`, extra);
+        if (k >= 0 && series.x && series.x[k] !== chart.x[at]) extra.textContent += `  (at ${series.x[k]})`;
+        row.append(swatch, `${series.name} ${format(series.values[k], chart.unit)}`, extra);
         return row;
       });
       if (this.layers) {
