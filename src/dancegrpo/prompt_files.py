@@ -32,6 +32,7 @@ class RecordFile(PromptSource):
         except OSError as error:
             raise PromptError(f"cannot read prompts from {path}: {error.strerror or error}") from error
         self._starts, self._imageless = selection.positions(str(path)), selection.first_without_image
+        self.ties = selection.ties
 
     @property
     def first_without_image(self) -> str | None:
@@ -138,8 +139,8 @@ class CsvFile(TextFile):
     def _read_header(self, lines: _Lines) -> None:
         line, row = next(self._rows(lines), (1, []))
         self._header = [name.strip() for name in row]
-        if row and self._fields.column not in self._header:
-            raise PromptError(f"{self._path} line {line} {self._fields.missing(filter(None, self._header))}")
+        if row:
+            self._fields.require(list(filter(None, self._header)), f"{self._path} line {line}")
 
     def _rows(self, lines: _Lines) -> Iterator[tuple[int, list[str]]]:
         reader = csv.reader(lines, strict=True)
@@ -155,13 +156,13 @@ class CsvFile(TextFile):
                 yield line, row
 
     def _records(self, lines: _Lines) -> Iterator[Record]:
-        column = self._fields.column
+        kept = self._fields.kept
         for line, row in self._rows(lines):
             if len(row) > (columns := len(self._header)):
                 found = f"has {len(row)} cells for {columns} columns"
                 raise PromptError(f"{self._path} line {line} {found}: put quotes around cells with commas")
             cells = dict(zip(self._header, row, strict=False))
-            yield line, {name: cell for name, cell in cells.items() if name and (cell or name == column)}
+            yield line, {name: cell for name, cell in cells.items() if name and (cell or name in kept)}
 
 
 class JsonFile(RecordFile):

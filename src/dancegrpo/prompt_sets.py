@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dancegrpo.errors import PromptError
 from dancegrpo.prompt_images import CHECKED, PICTURES, check_image
-from dancegrpo.prompts import PUBLISHED, Fields, Prompt, PromptSource, open_records
+from dancegrpo.prompts import PAIRED, PUBLISHED, Fields, MissingColumnError, Prompt, PromptSource, open_records
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 """The four lists of the HPS v2 benchmark; scores are reported for each and as their mean."""
@@ -35,6 +35,32 @@ def open_published(name: str, source: str, fields: Fields) -> PromptSource:
     if name == "hpd" and folder.is_dir():
         return Joined({style: open_records(str(folder / f"{style}.json"), fields) for style in STYLES})
     return open_records(source, fields)
+
+
+def open_pairs(name: str, source: str, fields: Fields) -> PromptSource:
+    """The prompts of `NAME:SOURCE`, each with two pictures, or clips, of which the first is preferred: its `pair`.
+
+    - `preferences`: records with the text in `prompt`, or else in `text` or `prompts.column`, and with `chosen` and
+      `rejected`: paths, as images have them, or the bytes of pictures.
+    - `pickapic-pairs` (arXiv:2305.01569, `yuvalkirstain/pickapic_v2`): `caption`, the bytes `jpg_0` and `jpg_1`, and
+      `label_0` and `label_1`, of which 1 is preferred to 0. Ties (0.5 each, or no label) and empty captions are left
+      out; a caption comes as often as it was judged.
+
+    Raises PromptError.
+    """
+    if source.partition(":")[0] == "images":
+        raise PromptError(f"{name}:{source} has one picture for a text: name a file of records, or hf:DATASET")
+    fields, named = replace(fields, pair=PAIRED[name]), fields.column != Fields.column
+    published = "prompt" if name == "preferences" else PUBLISHED["pickapic"]
+    try:
+        return open_records(source, fields if named else replace(fields, column=published))
+    except MissingColumnError as error:
+        if named or name != "preferences":
+            raise
+        try:
+            return open_records(source, fields)
+        except MissingColumnError:
+            raise error from None
 
 
 class Joined(PromptSource):

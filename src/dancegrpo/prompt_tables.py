@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dancegrpo.errors import PromptError
-from dancegrpo.prompt_images import CHECKED, check_image, find_image
+from dancegrpo.prompt_images import CHECKED, check_image
 from dancegrpo.prompts import Fields, Prompt, PromptSource, Selection
 
 _BATCH = 1024
@@ -31,7 +31,6 @@ class ParquetFile(PromptSource):
         except ImportError as error:
             _missing_extra(f"reading {path}", "pyarrow", error)
         self._path, self._fields = path, fields
-        selection = Selection(fields)
         try:
             self._file = pq.ParquetFile(path)
             self._groups = np.cumsum(
@@ -39,11 +38,13 @@ class ParquetFile(PromptSource):
             )
             plain = [column.name for column in self._file.schema_arrow if _plain(column.type)]
             _require_text(str(path), fields, self._file.schema_arrow.names, plain)
-            self._embedded = any(c.name == fields.image and not _plain(c.type) for c in self._file.schema_arrow)
+            self._embedded = [c.name for c in self._file.schema_arrow if c.name in fields.media and not _plain(c.type)]
+            selection = Selection(fields, () if fields.unique else self._embedded)
             with tempfile.NamedTemporaryFile(suffix=".arrow") as spool:
                 self._ends = self._unpack(spool.name, selection)
                 self._batches = pa.ipc.open_file(pa.memory_map(spool.name))
             self._rows, self._imageless = selection.positions(str(path)), selection.first_without_image
+            self.ties = selection.ties
             if self._embedded:
                 self._check_images()
         except (pa.ArrowException, OSError) as error:
@@ -61,13 +62,13 @@ class ParquetFile(PromptSource):
                 if _plain(column.type)
             ]
         )
-        pictures = [self._fields.image] if self._embedded and self._fields.unique else []
+        pictures = self._embedded if self._fields.unique else []
         ends, rows = [], 0
         with pa.OSFile(target, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             size = 64 if pictures else _BATCH
             for batch in self._file.iter_batches(size, columns=[*schema.names, *pictures]):
                 for row, record in enumerate(batch.to_pylist(), rows):
-                    selection.offer(row, _present(record, self._fields.column), f"{self._path} row {row + 1}")
+                    selection.offer(row, _present(record, self._fields), f"{self._path} row {row + 1}")
                 writer.write_batch(batch.select(schema.names).cast(schema))
                 rows += batch.num_rows
                 ends.append(rows)
@@ -76,19 +77,30 @@ class ParquetFile(PromptSource):
     def _check_images(self) -> None:
         """Reads the first images' headers, in one pass: each alone would read its whole row group."""
         wanted, rows = set(self._rows[:CHECKED].tolist()), 0
-        for batch in self._file.iter_batches(64, columns=[self._fields.image]):
-            for row, value in enumerate(batch.column(0).to_pylist(), rows):
-                where = f"{self._path} row {row + 1}"
-                if row in wanted and (image := find_image(value, self._fields.folder, where)) is not None:
-                    check_image(image, where)
+        for batch in self._file.iter_batches(64, columns=self._embedded):
+            for row, values in enumerate(batch.to_pylist(), rows):
+                if row in wanted:
+                    self._check_row(row, values)
             rows += batch.num_rows
             if rows > max(wanted):
                 return
 
+    def _check_row(self, row: int, values: Mapping[str, Any]) -> None:
+        fields, where = self._fields, f"{self._path} row {row + 1}"
+        if (
+            fields.image is not None
+            and fields.image in values
+            and (image := fields.find(where)(values[fields.image])) is not None
+        ):
+            check_image(image, where)
+        if fields.pair is not None:
+            left = [name for name in fields.pair.sides if name not in values]
+            fields.pair.check(values, fields.find(where), where, header=True, unread=left)
+
     @property
     def first_without_image(self) -> str | None:
         """See `PromptSource`. Of images that lie in the file, only what may hold a null is read, and only now."""
-        if not self._embedded:
+        if self._fields.image not in self._embedded:
             return self._imageless
         row = _first_lacking(self._doubtful(), self._rows)
         return None if row is None else f"{self._path} row {row + 1}"
@@ -123,9 +135,9 @@ class ParquetFile(PromptSource):
         record = self._batches.get_batch(number).slice(offset, 1).to_pylist()[0]
         if self._embedded:
             group, offset = _place(self._groups, row)
-            column = self._file.read_row_group(group, columns=[self._fields.image]).column(0)
-            record[self._fields.image] = column[offset].as_py()
-        return _present(record, self._fields.column)
+            pictures = self._file.read_row_group(group, columns=self._embedded)
+            record |= pictures.slice(offset, 1).to_pylist()[0]
+        return _present(record, self._fields)
 
 
 class HubDataset(PromptSource):
@@ -144,27 +156,29 @@ class HubDataset(PromptSource):
             raise PromptError(f"cannot load {self._name}: {_first_line(error)}") from error
         plain = [column.name for column in rows.features.arrow_schema if _plain(column.type)]
         _require_text(self._name, fields, rows.column_names, plain)
-        self._embedded = fields.image in rows.features and fields.image not in plain
-        pictures = [fields.image] if self._embedded else []
-        if pictures and isinstance(rows.features[fields.image], datasets.Image):
-            # Undecoded: the bytes or the path, of which only what is asked for is opened.
-            rows = rows.cast_column(fields.image, datasets.Image(decode=False))
+        self._embedded = [name for name in fields.media if name in rows.features and name not in plain]
+        for name in self._embedded:
+            if isinstance(rows.features[name], datasets.Image):
+                # Undecoded: the bytes or the path, of which only what is asked for is opened.
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+        pictures = self._embedded
         self._table = rows.select_columns([*plain, *pictures])
         scanned = self._table if fields.unique else rows.select_columns(plain)
-        selection, first = Selection(fields), 0
+        selection, first = Selection(fields, () if fields.unique else pictures), 0
         for batch in scanned.iter(64 if pictures and fields.unique else _BATCH):
             records = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
             for row, record in enumerate(records, first):
-                selection.offer(row, _present(record, fields.column), f"{self._name} row {row + 1}")
+                selection.offer(row, _present(record, fields), f"{self._name} row {row + 1}")
             first += len(records)
         self._rows, self._imageless = selection.positions(self._name), selection.first_without_image
+        self.ties = selection.ties
         for index in range(min(CHECKED, len(self)) if pictures else 0):
             fields.prompt(index, self._record(index), self._where(index), opening=True)
 
     @property
     def first_without_image(self) -> str | None:
         """See `PromptSource`. Of images that lie in the dataset, only whether they are null is read, and only now."""
-        if not self._embedded:
+        if self._fields.image not in self._embedded:
             return self._imageless
         tables = self._table.select_columns([self._fields.image]).with_format("arrow").iter(_BATCH)
         parts = ((number * _BATCH, table.column(0)) for number, table in enumerate(tables))
@@ -182,7 +196,7 @@ class HubDataset(PromptSource):
         return f"{self._name} row {int(self._rows[index]) + 1}"
 
     def _record(self, index: int) -> dict[str, Any]:
-        return _present(self._table[int(self._rows[index])], self._fields.column)
+        return _present(self._table[int(self._rows[index])], self._fields)
 
 
 def _place(ends: np.ndarray, row: int) -> tuple[int, int]:
@@ -217,9 +231,8 @@ def _first_lacking(parts: Iterable[tuple[int, Any]], rows: np.ndarray) -> int | 
 
 
 def _require_text(name: str, fields: Fields, columns: Iterable[str], plain: Iterable[str]) -> None:
-    """Raises PromptError where no column that can hold text is the one of the prompts."""
-    if fields.column not in plain:
-        raise PromptError(f"{name} {fields.missing(other for other in columns if other != fields.column)}")
+    """Raises PromptError where no column that can hold text is the one of the prompts, or a pair's are not there."""
+    fields.require([other for other in columns if other != fields.column or other in plain], name)
 
 
 @contextmanager
@@ -236,9 +249,9 @@ def _no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _present(record: Mapping[str, Any], column: str) -> dict[str, Any]:
-    """A table's record without its nulls, the text's own apart."""
-    return {key: value for key, value in record.items() if value is not None or key == column}
+def _present(record: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+    """A table's record without its nulls, those apart that are worth a message of their own."""
+    return {key: value for key, value in record.items() if value is not None or key in fields.kept}
 
 
 def _first_line(error: Exception) -> str:

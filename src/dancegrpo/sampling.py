@@ -76,7 +76,9 @@ def trained_steps(config: RolloutConfig, dynamics: Dynamics, iteration: int = 0)
             steps = list(candidates[:count] if chosen.select == "first" else candidates[len(candidates) - count :])
         case _:
             assert_never(chosen.select)
-    silent = [step for step in steps if config.noise_levels()[step] == 0]
+    # A window gets to all of them: better refused now than hours into a run.
+    reached = candidates if chosen.select == "window" else steps
+    silent = [step for step in reached if config.noise_levels()[step] == 0]
     if silent:
         raise ConfigError(
             f"rollout.noise_level is 0 at trained steps {silent}: a deterministic step has no probability, "
@@ -185,8 +187,7 @@ def rollout(
     kept.settle()
     level = plan.noise_level.gather(1, plan.trained).to(device)
     trained = plan.trained.to(device)
-    told = (trained, level, kept.log_prob, x0, group.to(device), condition)
-    return Trajectory(kept.x_t, kept.x_next, *told, mean=kept.mean)
+    return Trajectory(kept.x_t, kept.x_next, trained, level, kept.log_prob, x0, group.to(device), condition, kept.mean)
 
 
 @torch.no_grad()
@@ -199,7 +200,7 @@ def states(
     """
     num_prompts, size = len(condition), config.group_size
     start = starting_noise(config, policy.latent_shape, num_prompts, seed, iteration)
-    plan = StepPlan(at[:, None], torch.tensor(config.noise_levels()).expand(len(at), -1))
+    plan = step_plan(config, policy.dynamics, num_prompts, seed, iteration)
     found = torch.empty(len(at), *policy.latent_shape, device=policy.device)
     for rows in torch.arange(len(at)).split(config.batch_size):
         told = condition[(rows // size).to(policy.device)]
@@ -251,7 +252,7 @@ class _Kept:
             {"device": device} if store == "device" or device.type == "cpu" else {"pin_memory": device.type == "cuda"}
         )
         self.x_t, self.x_next = (torch.empty(*plan.trained.shape, *shape, **place) for _ in range(2))
-        self.mean = torch.empty_like(self.x_t) if means else None
+        self.mean = torch.empty(*plan.trained.shape, *shape, **place) if means else None
 
     def record(self, rows: Tensor, step: int, x: Tensor, following: Tensor, gaussian: Gaussian) -> None:
         """Keeps the transition x -> following, both (N, *S), of those samples of `rows` (N,) that train this step."""

@@ -73,7 +73,8 @@ class DPO(GRPO):
         """See `Algorithm.learn`."""
         found, iteration = batch
         if isinstance(found, Condition):
-            return DPOLearning(self, policy, recorded_pairs(policy, found, prompts, iteration))
+            size = self.config.rollout.batch_size
+            return DPOLearning(self, policy, recorded_pairs(policy, found, prompts, iteration, size))
         group = found.group.cpu()
         advantage = self.advantage(scores, group, prompts)
         winner, loser = best_and_worst(advantage.value, advantage.weight, group)
@@ -102,15 +103,23 @@ def best_and_worst(value: Tensor, weight: Tensor, group: Tensor) -> tuple[Tensor
     return (torch.stack(winners), torch.stack(losers)) if winners else (empty, empty)
 
 
-def recorded_pairs(policy: Policy, condition: Condition, prompts: Sequence[Prompt], iteration: int) -> Preferences:
-    """The pairs that prompts of a preference file carry, as latents of the policy's own autoencoder."""
+def recorded_pairs(
+    policy: Policy, condition: Condition, prompts: Sequence[Prompt], iteration: int, batch_size: int
+) -> Preferences:
+    """The pairs that prompts of a preference file carry, as latents of the policy's own autoencoder.
+
+    batch_size: pairs whose pictures are in memory at once, and go through the autoencoder together, side by side.
+    """
     from dancegrpo.preferences import read_pair
 
-    media = [read_pair(prompt, policy) for prompt in prompts]
-    winner, loser = (torch.stack([pair[side] for pair in media]) for side in (0, 1))
-    with torch.no_grad():
-        latents = [policy.latents(side.to(policy.device), condition) for side in (winner, loser)]
-    return Preferences(*latents, torch.arange(len(prompts), device=policy.device), condition, iteration)
+    latents: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for first in range(0, len(prompts), batch_size):
+        rows = slice(first, first + batch_size)
+        pairs = [read_pair(prompt, policy.media_shape) for prompt in prompts[rows]]
+        for side, media in zip(latents, zip(*pairs, strict=True), strict=True):
+            side.append(policy.latents(torch.stack(media).to(policy.device), condition[rows]))
+    winner, loser = (torch.cat(side) for side in latents)
+    return Preferences(winner, loser, torch.arange(len(prompts), device=policy.device), condition, iteration)
 
 
 class DPOLearning(Learning):
@@ -139,12 +148,12 @@ class DPOLearning(Learning):
         step = self.step[sample, slot].to(policy.device)
         condition = pairs.condition[pairs.group[sample.to(policy.device)]]
         sides = [latents[sample.to(policy.device)] for latents in (pairs.winner, pairs.loser)]
-        now = [self._error(x0, noise, step, condition) for x0 in sides]
+        winner, loser = (self._error(x0, noise, step, condition) for x0 in sides)
         with torch.no_grad(), policy.reference():
-            start = [self._error(x0, noise, step, condition) for x0 in sides]
-        margin = (now[1] - now[0] - (start[1] - start[0])).detach()
+            winner_start, loser_start = (self._error(x0, noise, step, condition) for x0 in sides)
+        margin = (loser - winner - (loser_start - winner_start)).detach()
         self.note(preference_accuracy=(margin > 0).double(), preference_margin=margin)
-        return dpo_loss(*now, *start, self.beta)
+        return dpo_loss(winner, loser, winner_start, loser_start, self.beta)
 
     def _error(self, x0: Tensor, noise: Tensor, step: Tensor, condition: Condition) -> Tensor:
         """Mean squared error of the prediction, (N,)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dancegrpo.advantages import batch_advantage, best_of_n, combine, group_advantage
-from dancegrpo.algorithms.base import Advantage
+from dancegrpo.algorithms.base import Advantage, Workload
 from dancegrpo.algorithms.policy_gradient import Pairs, PolicyGradient, PolicyGradientLearning, transition
 from dancegrpo.algorithms.work import deal
 from dancegrpo.config import RunConfig
@@ -28,6 +28,15 @@ class GRPO(PolicyGradient):
         super().__init__(config)
         self.needs_reference = config.algorithm.kl_weight > 0
         self.keep = "means" if config.algorithm.guard else "transitions"
+
+    def workload(self, policy: Policy) -> Workload:
+        """See `Algorithm.workload`. Raises ConfigError for the guard on a diffusion model."""
+        if self.config.algorithm.guard and not isinstance(policy.dynamics, FlowDynamics):
+            raise ConfigError(
+                f"algorithm.guard=true is for rectified flow, {self.config.model.path} is a diffusion model: set it to "
+                "false"
+            )
+        return super().workload(policy)
 
     def advantage(self, scores: Mapping[str, Scores], group: Tensor, prompts: Sequence[Prompt] = ()) -> Advantage:
         """Normalises each judge within its group, sums by weight, clamps once, then picks best-of-N.
@@ -100,11 +109,7 @@ class GRPO(PolicyGradient):
         self, policy: Policy, pairs: Pairs, gaussian: Gaussian, log_prob: Tensor, old: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """GRPO-Guard's (log ratio, 0) in place of the two log-probs, and the weight 1/|d sigma| of each pair's loss."""
-        if not isinstance(policy.dynamics, FlowDynamics):
-            raise ConfigError(
-                f"algorithm.guard=true is for rectified flow, {self.config.model.path} is a diffusion model: set it to "
-                "false"
-            )
+        assert isinstance(policy.dynamics, FlowDynamics)  # `workload` refuses others
         mean = gaussian.mean.detach() if pairs.old_mean is None else pairs.old_mean
         std = gaussian.std.reshape(-1)
         shift = gaussian.kl(Gaussian(mean, gaussian.std), reduction=self.config.algorithm.log_prob_reduction)

@@ -56,8 +56,9 @@ class NFT(GRPO):
         if self.old is None:
             self.old = {name: weight.clone() for name, weight in current.items()}
             return
+        self.old = {name: self.old[name].to(weight.device) for name, weight in current.items()}  # loaded: on the CPU
         decay = self.config.algorithm.nft.old_decay
-        torch._foreach_lerp_(list(self.old.values()), [current[name] for name in self.old], 1.0 - decay)
+        torch._foreach_lerp_(list(self.old.values()), list(current.values()), 1.0 - decay)
 
     @contextmanager
     def sampling_policy(self, policy: Policy) -> Iterator[None]:
@@ -116,6 +117,7 @@ class NFTLearning(Learning):
         with torch.no_grad(), self.algorithm.sampling_policy(policy):
             old = policy.predict(x_t, step, condition)
         lean = config.algorithm.nft.beta * (policy.predict(x_t, step, condition) - old)
-        sides = [policy.dynamics.x0(x_t, old + sign * lean, step) for sign in (1, -1)]
+        positive, negative = (policy.dynamics.x0(x_t, old + sign * lean, step) for sign in (1, -1))
         self.note(old_distance=lean.square().flatten(1).mean(1))
-        return nft_loss(*sides, x0, self.optimality[sample].to(policy.device), config.algorithm.nft.beta)
+        weight = self.optimality[sample].to(policy.device)
+        return nft_loss(positive, negative, x0, weight, config.algorithm.nft.beta)

@@ -39,7 +39,8 @@ class ReFL(Stateless):
 
     def __init__(self, config: RunConfig, judges: Judges) -> None:
         super().__init__(config)
-        self.judges = Judges({name: judges.rewards[name] for name in judges.trained}, judges.weights)
+        trained = judges.trained
+        self.judges = Judges({n: judges.rewards[n] for n in trained}, {n: judges.weights[n] for n in trained})
         self.watching = Judges({n: judge for n, judge in judges.rewards.items() if n not in judges.trained})
         blunt = [name for name in judges.trained if not judges.rewards[name].differentiable]
         if blunt:

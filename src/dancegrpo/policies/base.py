@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dancegrpo.errors import ConfigError
 from dancegrpo.policies.export import ModelCard
 from dancegrpo.prompts import Prompt
 from dancegrpo.sde import Dynamics
@@ -52,6 +53,9 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
             tensor = torch.cat([tensor, tensor.new_zeros(len(tensor), lacking, *tensor.shape[2:])], dim=1)
         filled.append(tensor)
     return torch.cat(filled)
+
+
+_ONE_WAY = "{} turns no pictures into latents (it has no `latents`): use algorithm.dpo.source=online"
 
 
 class Policy(ABC):
@@ -112,6 +116,19 @@ class Policy(ABC):
 
         No gradient unless grad mode is on.
         """
+
+    @property
+    def media_shape(self) -> tuple[int, int, int, int]:
+        """(F, 3, H, W) of the media that `latents` takes. Raises ConfigError for a policy without `latents`."""
+        raise ConfigError(_ONE_WAY.format(type(self).__name__))
+
+    def latents(self, media: Tensor, condition: Condition) -> Tensor:
+        """media (B, F, 3, H, W) in [0, 1] and their B conditions -> latents (B, *S) float32: the inverse of `decode`.
+
+        The mode of the autoencoder's posterior, which `decode` turns back as far as the autoencoder can; no gradient.
+        Raises ConfigError for a policy that has no way back, and ValueError for media not of `media_shape`.
+        """
+        raise ConfigError(_ONE_WAY.format(type(self).__name__))
 
     @abstractmethod
     def trainable(self) -> dict[str, torch.nn.Parameter]:

@@ -85,5 +85,11 @@ class FluxPolicy(FlowPolicy):
         unpacked = self.pipeline._unpack_latents(latents, model.height, model.width, self.pipeline.vae_scale_factor)
         return self._decode(unpacked / config.scaling_factor + config.shift_factor)
 
+    def latents(self, media: Tensor, condition: Condition) -> Tensor:
+        """(B, 1, 3, H, W) -> packed latents (B, seq, 4C): see `Policy.latents`."""
+        config = self.pipeline.vae.config
+        scaled = (self._mode(media, pictures=True) - config.shift_factor) * config.scaling_factor
+        return self.pipeline._pack_latents(scaled, *scaled.shape)
+
     def _arguments(self) -> dict[str, object]:
         return {"guidance_scale": self.model.guidance_scale, "max_sequence_length": self.max_sequence_length}

@@ -165,6 +165,10 @@ class HunyuanVideoPolicy(FlowPolicy):
         """Latents (B, C, T, h, w) -> (B, F, 3, H, W): see `Policy.decode`."""
         return self._decode(latents / self.pipeline.vae.config.scaling_factor)
 
+    def latents(self, media: Tensor, condition: Condition) -> Tensor:
+        """(B, num_frames, 3, H, W) -> latents (B, C, T, h, w): see `Policy.latents`."""
+        return self._mode(media) * self.pipeline.vae.config.scaling_factor
+
     def _arguments(self) -> dict[str, object]:
         model = self.model
         arguments: dict[str, object] = {"num_frames": model.num_frames, "guidance_scale": model.guidance_scale}
@@ -284,6 +288,15 @@ class HunyuanVideoImageToVideoPolicy(HunyuanVideoImagePolicy):
         if self._replaces:
             return super().decode(torch.cat([condition.tensors["image_latents"], latents], dim=2), condition)
         return super().decode(latents, condition)[:, self.dropped_frames :]
+
+    def latents(self, media: Tensor, condition: Condition) -> Tensor:
+        """(B, num_frames, 3, H, W) -> latents (B, *S): see `Policy.latents`.
+
+        Under `token_replace` the frame that the image stands for is left out; under `latent_concat` a clip needs all of
+        num_frames, 4 more than `decode` shows.
+        """
+        latents = super().latents(media, condition)
+        return latents[:, :, 1:] if self._replaces else latents
 
 
 def first_frame(image: Tensor, frames: int) -> Tensor:

@@ -241,6 +241,27 @@ class PipelinePolicy(Policy):
             return self.pipeline.video_processor.postprocess_video(media, output_type="pt")
         return self.pipeline.image_processor.postprocess(media, output_type="pt").unsqueeze(1)
 
+    @property
+    def media_shape(self) -> tuple[int, int, int, int]:
+        """See `Policy.media_shape`: the run's frames and size."""
+        if type(self).latents is Policy.latents:
+            return super().media_shape
+        return self.model.num_frames, 3, self.model.height, self.model.width
+
+    @torch.no_grad()
+    def _mode(self, media: Tensor, *, pictures: bool = False) -> Tensor:
+        """media (B, F, 3, H, W) in [0, 1] -> the mode of the VAE's posterior, float32, not scaled: (B, C, T, h, w).
+
+        pictures: for an autoencoder of pictures, (B, C, h, w) from each sample's only frame. Raises ValueError for
+        media not of `media_shape`.
+        """
+        if media.shape[1:] != self.media_shape:
+            raise ValueError(f"media of shape {tuple(media.shape)} are not (B, {str(self.media_shape)[1:]}.")
+        vae, pixels = self.pipeline.vae, 2.0 * media.float() - 1.0
+        shown = pixels[:, 0] if pictures else pixels.transpose(1, 2)
+        with self._awake("vae"):
+            return vae.encode(shown.to(self.device, vae.dtype)).latent_dist.mode().float()
+
     # --- The pipeline itself, for `dancegrpo validate` ----------------------------------------------------------------
 
     @property

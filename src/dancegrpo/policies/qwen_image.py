@@ -110,16 +110,27 @@ class QwenImagePolicy(FlowPolicy):
         """Packed latents (B, seq, 4C) -> (B, 1, 3, H, W): see `Policy.decode`."""
         model, pipeline = self.model, self.pipeline
         unpacked = pipeline._unpack_latents(latents, model.height, model.width, pipeline.vae_scale_factor)
-        config = pipeline.vae.config
-        mean, std = (
-            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
+        mean, std = self._moments(latents.device)
         # Divided by 1 / std, not multiplied by std: the pipeline's arithmetic, to the last bit.
         scaled = (unpacked / (1 / std) + mean).to(pipeline.vae.dtype)
         with self._awake("vae"):
             picture = pipeline.vae.decode(scaled, return_dict=False)[0][:, :, 0].float()
         return pipeline.image_processor.postprocess(picture, output_type="pt").unsqueeze(1)
+
+    def latents(self, media: Tensor, condition: Condition) -> Tensor:
+        """(B, 1, 3, H, W) -> packed latents (B, seq, 4C): see `Policy.latents`."""
+        mean, std = self._moments(self.device)
+        scaled = ((self._mode(media) - mean) * (1 / std))[:, :, 0]
+        return self.pipeline._pack_latents(scaled, *scaled.shape)
+
+    def _moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the autoencoder's latents, (1, C, 1, 1, 1) each."""
+        config = self.pipeline.vae.config
+        mean, std = (
+            torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return mean, std
 
     def _arguments(self) -> dict[str, object]:
         # In the pipeline, guidance takes a negative prompt, be it an empty one.

@@ -119,6 +119,10 @@ class StableDiffusionPolicy(PipelinePolicy):
         """Latents (B, C, h, w) -> (B, 1, 3, H, W): see `Policy.decode`."""
         return self._decode(latents / self.pipeline.vae.config.scaling_factor)
 
+    def latents(self, media: Tensor, condition: Condition) -> Tensor:
+        """(B, 1, 3, H, W) -> latents (B, C, h, w): see `Policy.latents`."""
+        return self._mode(media, pictures=True) * self.pipeline.vae.config.scaling_factor
+
     def _usage(self) -> Usage:
         model, steps = self.model, self.dynamics.num_steps
         arguments: dict[str, object] = {"height": model.height, "width": model.width, "num_inference_steps": steps}

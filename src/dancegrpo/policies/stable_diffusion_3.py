@@ -112,6 +112,11 @@ class StableDiffusion3Policy(FlowPolicy):
         config = self.pipeline.vae.config
         return self._decode(latents / config.scaling_factor + config.shift_factor)
 
+    def latents(self, media: Tensor, condition: Condition) -> Tensor:
+        """(B, 1, 3, H, W) -> latents (B, C, h, w): see `Policy.latents`."""
+        config = self.pipeline.vae.config
+        return (self._mode(media, pictures=True) - config.shift_factor) * config.scaling_factor
+
     def _arguments(self) -> dict[str, object]:
         model = self.model
         told: dict[str, object] = {"guidance_scale": model.guidance_scale}

@@ -210,6 +210,10 @@ class WanPolicy(FlowPolicy):
         """Latents (B, C, T, h, w) -> (B, F, 3, H, W): see `Policy.decode`."""
         return self._decode(latents / self._inverse_std + self._mean)
 
+    def latents(self, media: Tensor, condition: Condition) -> Tensor:
+        """(B, F, 3, H, W) -> latents (B, C, T, h, w): see `Policy.latents`."""
+        return (self._mode(media) - self._mean) * self._inverse_std
+
     # --- Export -------------------------------------------------------------------------------------------------------
 
     def _arguments(self) -> dict[str, object]:
@@ -326,6 +330,11 @@ class WanImagePolicy(WanPolicy):
         if self._expand:
             latents = torch.cat([condition.tensors["image_latents"], latents], dim=2)
         return super().decode(latents, condition)
+
+    def latents(self, media: Tensor, condition: Condition) -> Tensor:
+        """(B, F, 3, H, W) -> latents (B, *S): see `Policy.latents`. The given frame is left out with the state's."""
+        latents = super().latents(media, condition)
+        return latents[:, :, 1:] if self._expand else latents
 
     def pipeline_state(self, latents: Tensor) -> Tensor:
         """See `PipelinePolicy.pipeline_state`; with expand_timesteps the first frame is the picture's."""

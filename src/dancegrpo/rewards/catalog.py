@@ -31,6 +31,11 @@ CATALOG: dict[str, Entry] = {
         "LAION aesthetic predictor: how beautiful a picture is, whatever the prompt",
         (("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"), ("openai/clip-vit-large-patch14", None)),
     ),
+    "appearance": Entry(
+        "dancegrpo.rewards.appearance:AppearanceReward",
+        "either",
+        "saturation, edges, fine texture and variety of colours: numbers to watch, with weight 0",
+    ),
     "clip": Entry(
         "dancegrpo.rewards.clip_score:ClipScoreReward",
         "pictures",

@@ -21,7 +21,15 @@ from dancegrpo.rewards.clip import (
     normalize_pixels,
 )
 from dancegrpo.rewards.open_clip import from_tensors, infer_architecture, published_heads
-from dancegrpo.rewards.weights import check_placement, check_source, fetch, load_pretrained, read_json, read_tensors
+from dancegrpo.rewards.weights import (
+    check_placement,
+    check_source,
+    fetch,
+    load_pretrained,
+    read_json,
+    read_tensors,
+    shipped,
+)
 
 HUB_MODEL = "openai/clip-vit-large-patch14"
 """Hub repository of the CLIP that papers report most."""
@@ -35,7 +43,8 @@ _PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
 class ClipScoreReward(CosineReward):
     """CLIP score: raw cosine in [-1, 1] of a picture and its prompt, not scaled by 100 or the logit scale, not clipped.
 
-    model: folder or hub id in transformers' layout or open_clip's, or a checkpoint file in open_clip's.
+    model: folder or hub id in transformers' layout or open_clip's, a checkpoint file in open_clip's, or `shapes-clip`,
+    which comes with the package.
     tokenizer: folder or hub id with CLIP's vocabulary; None = the model's own, for open_clip's layout `HUB_TOKENIZER`.
     resize: `crop` scales the shortest side and takes the centre, `squash` ignores the aspect ratio; None = as the
     checkpoint says. heads, quick_gelu: (vision, text) attention heads and the activation of a checkpoint file, where no
@@ -57,7 +66,7 @@ class ClipScoreReward(CosineReward):
         device: str | None = None,
     ) -> None:
         check_placement(self.name, batch_size, dtype)
-        loaded = load_clip(self.name, model, resize=resize, heads=heads, quick_gelu=quick_gelu)
+        loaded = load_clip(self.name, shipped(model) or model, resize=resize, heads=heads, quick_gelu=quick_gelu)
         vocabulary = loaded.model.config.text_config.vocab_size
         reader = load_tokenizer(self.name, tokenizer or loaded.tokenizer, vocabulary=vocabulary)
         self.preprocessing, self.cleans = loaded.preprocessing, loaded.open_clip

@@ -10,18 +10,21 @@ from torch import Tensor
 
 from dancegrpo.rewards.clip import HUB_TOKENIZER, CosineReward, clean_text, load_tokenizer, normalize_pixels
 from dancegrpo.rewards.open_clip import load_open_clip
-from dancegrpo.rewards.weights import check_placement, fetch
+from dancegrpo.rewards.weights import check_placement, fetch, shipped
 
 HUB_WEIGHTS = ("xswu/HPSv2", "HPS_v2.1_compressed.pt")
 """Hub repository and file of the published weights."""
+SHIPPED_HEADS = (4, 4)
+"""Of `shapes-hps`: (vision, text)."""
 
 
 class HPSReward(CosineReward):
     """HPS-v2.1: how much people would prefer this picture for this prompt; published pictures score about 0.2 to 0.35.
 
     weights: path of `HPS_v2.1_compressed.pt` (open_clip's layout); None = fetched from the hub, once.
-    tokenizer: folder or hub id with CLIP's vocabulary.
+    tokenizer: folder or hub id with CLIP's vocabulary; None = `HUB_TOKENIZER`.
     heads: (vision, text) attention heads of a checkpoint that is not a ViT-H-14.
+    weights `shapes-hps` come with the package, and bring tokenizer and heads.
     batch_size, dtype, device: as in `NetworkReward`.
     Raises RewardError for weights or a tokenizer that are missing or do not fit.
     """
@@ -31,15 +34,18 @@ class HPSReward(CosineReward):
     def __init__(
         self,
         weights: str | Path | None = None,
-        tokenizer: str | Path = HUB_TOKENIZER,
+        tokenizer: str | Path | None = None,
         heads: Sequence[int] | None = None,
         batch_size: int = 32,
         dtype: str = "float32",
         device: str | None = None,
     ) -> None:
         check_placement(self.name, batch_size, dtype)
+        if folder := shipped(weights):
+            weights, heads = folder / "open_clip_model.safetensors", heads or SHIPPED_HEADS
         model = load_open_clip(fetch(*HUB_WEIGHTS) if weights is None else weights, heads)
-        reader = load_tokenizer(self.name, tokenizer, vocabulary=model.config.text_config.vocab_size)
+        source = tokenizer or folder or HUB_TOKENIZER
+        reader = load_tokenizer(self.name, source, vocabulary=model.config.text_config.vocab_size)
         super().__init__(model, reader, batch_size=batch_size, dtype=dtype, device=device)
 
     def pixels(self, pictures: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores
 from dancegrpo.rewards.clip import CosineReward, load_tokenizer
 from dancegrpo.rewards.clip_score import load_preprocessing
-from dancegrpo.rewards.weights import check_placement, check_source, load_pretrained
+from dancegrpo.rewards.weights import check_placement, check_source, load_pretrained, shipped
 
 HUB_MODEL = "yuvalkirstain/PickScore_v1"
 """Hub repository of the published weights."""
@@ -23,9 +23,10 @@ HUB_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 class PickScoreReward(CosineReward):
     """PickScore: cosine of picture and prompt, about 0.2 for published pictures.
 
-    model: folder or hub id of PickScore_v1, in transformers' layout. processor: folder or hub id with its tokenizer and
-    `preprocessor_config.json`. scaled: multiply by the logit scale, as upstream's example does (scores near 20; no
-    difference to a normalised advantage). batch_size, dtype, device: as in `NetworkReward`.
+    model: folder or hub id of PickScore_v1, in transformers' layout, or the shipped `shapes-pickscore`.
+    processor: folder or hub id with its tokenizer and `preprocessor_config.json`; None = `HUB_PROCESSOR`, or the
+    shipped judge's own. scaled: multiply by the logit scale, as upstream's example does (scores near 20; no difference
+    to a normalised advantage). batch_size, dtype, device: as in `NetworkReward`.
     Raises RewardError for a checkpoint or processor that is missing or does not fit.
     """
 
@@ -34,7 +35,7 @@ class PickScoreReward(CosineReward):
     def __init__(
         self,
         model: str | Path = HUB_MODEL,
-        processor: str | Path = HUB_PROCESSOR,
+        processor: str | Path | None = None,
         scaled: bool = False,
         batch_size: int = 32,
         dtype: str = "float32",
@@ -43,8 +44,9 @@ class PickScoreReward(CosineReward):
         from transformers import CLIPModel
 
         check_placement(self.name, batch_size, dtype)
-        source = check_source(self.name, processor, option="processor")
-        network = load_pretrained(CLIPModel, check_source(self.name, model, option="model"), judge=self.name)
+        folder = shipped(model)
+        source = check_source(self.name, processor or folder or HUB_PROCESSOR, option="processor")
+        network = load_pretrained(CLIPModel, check_source(self.name, folder or model, option="model"), judge=self.name)
         reader = load_tokenizer(self.name, source, vocabulary=network.config.text_config.vocab_size)
         self.preprocessing = load_preprocessing(source, network.config.vision_config.image_size)
         # Read before the network goes to a smaller number format.

@@ -68,6 +68,13 @@ def best_device() -> str:
     return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
 
 
+def shipped(source: str | Path | None) -> Path | None:
+    """The folder of a learned judge that comes with the package, by its name; None for any other source."""
+    from dancegrpo.shapes import JUDGES, judge_path
+
+    return judge_path(str(source)) if str(source) in JUDGES else None
+
+
 def fetch(repository: str, filename: str, *, option: str = "weights") -> Path:
     """A file of a hub repository, from the cache or fetched once. `option`: what the user can set to a local path."""
     from huggingface_hub import hf_hub_download

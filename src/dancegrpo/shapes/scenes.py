@@ -11,11 +11,12 @@ learning, so a rise there shows that it taught the skill rather than the prompts
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -40,6 +41,7 @@ RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0),
 """Direction (x, y) from the second object to the first; y points down."""
 
 Split = Literal["train", "heldout"]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,8 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The prompt: at most 11 words."""
-        first = self.entities[0]
-        if self.task == "counting":
-            text = f"{COUNTS[len(self.entities)]} {first.shape}s"
-        elif len(self.entities) == 1:
-            text = first.text
-        else:
-            text = f"{first.text} {self.relation or 'and'} {self.entities[1].text}"
+        """The prompt: at most 12 words."""
+        text = f" {self.relation or 'and'} ".join(group_text(entity, count) for entity, count in groups(self))
         return f"{text} on a {self.background} background" if self.background else text
 
     def to_metadata(self) -> dict[str, Any]:
@@ -90,6 +86,16 @@ class Scene:
         """Raises KeyError where the metadata is not that of a shapes prompt."""
         entities = tuple(Entity(e["shape"], e["color"]) for e in metadata["entities"])
         return Scene(metadata["task"], entities, metadata.get("relation"), metadata.get("background"))
+
+
+def groups(scene: Scene) -> list[tuple[Entity, int]]:
+    """The different objects of a scene in their order, each with how many of it there are."""
+    return list(Counter(scene.entities).items())
+
+
+def group_text(entity: Entity, count: int) -> str:
+    """ "a red circle", or "two red circles"."""
+    return entity.text if count == 1 else f"{COUNTS[count]} {entity.text.removeprefix('a ')}s"
 
 
 # ---------------------------------------------------------------------------------------------------- captions, splits
@@ -122,8 +128,9 @@ def combinations(scene: Scene) -> frozenset[tuple[str, ...]]:
             found.add(("background", entity.shape, scene.background))
         if entity.color:
             found.add(("color", entity.shape, entity.color))
-    if scene.task == "counting":
-        found.add(("count", scene.entities[0].shape, COUNTS[len(scene.entities)]))
+    for shape, count in Counter(entity.shape for entity in scene.entities).items():
+        if count > 1:
+            found.add(("count", shape, COUNTS[count]))
     if scene.relation:
         first, second = (e.shape for e in scene.entities)
         mirrored = {"right of": "left of", "below": "above"}
@@ -161,16 +168,22 @@ def prompts(split: Split, n: int = 1200) -> list[Prompt]:
     with other noise). Ids are positions in the list, held-out ones from 1,000,000. `metadata` holds the scene.
     """
     pools = [[s for s in scenes(split) if s.task == task] for task in TASKS]
-    queues: list[list[Scene]] = [[] for _ in TASKS]
     rng = np.random.default_rng(int(split == "heldout"))
-    first_id, result = (1_000_000 if split == "heldout" else 0), []
+    first_id = 1_000_000 if split == "heldout" else 0
+    return [
+        Prompt(id=first_id + i, text=scene.caption, metadata=scene.to_metadata())
+        for i, scene in enumerate(deal(pools, n, rng))
+    ]
+
+
+def deal(pools: Sequence[Sequence[Item]], n: int, rng: np.random.Generator) -> Iterator[Item]:
+    """`n` items from the pools in turn; of a pool each comes once, in shuffled order, before any comes again."""
+    queues: list[list[Item]] = [[] for _ in pools]
     for i in range(n):
-        pool, queue = pools[i % len(TASKS)], queues[i % len(TASKS)]
+        pool, queue = pools[i % len(pools)], queues[i % len(pools)]
         if not queue:
             queue.extend(pool[j] for j in rng.permutation(len(pool)))
-        scene = queue.pop()
-        result.append(Prompt(id=first_id + i, text=scene.caption, metadata=scene.to_metadata()))
-    return result
+        yield queue.pop()
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:

@@ -164,8 +164,8 @@ def load_study(name: str) -> Study:
         raise ConfigError(f"study {file} cannot be read: {reason}; write it as the shipped ones") from error
     if not isinstance(data, dict):
         raise ConfigError(f"study {file} is not a mapping: write it as the shipped ones, `title: ...` first")
-    data = {"name": file.stem, **{str(key): value for key, value in data.items()}}
+    named: dict[str, Any] = {"name": file.stem, **{str(key): value for key, value in data.items()}}
     try:
-        return Study.model_validate(data)
+        return Study.model_validate(named)
     except ValidationError as error:
-        raise ConfigError(f"study {name}: {explain(error, Study, data)}") from error
+        raise ConfigError(f"study {name}: {explain(error, Study, named)}") from error
