@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dancegrpo.errors import PromptError
-from dancegrpo.prompts import GroupSampler, Prompt, open_prompts
+from dancegrpo.group_sampler import GroupSampler
+from dancegrpo.prompts import Prompt, open_prompts
 
 
 def write(folder: Path, name: str, text: str | bytes) -> str:

@@ -108,7 +108,8 @@ class PromptsConfig(Frozen):
 
     train: Annotated[str, Field(min_length=1)]
     """`shapes:train`, a .txt/.json/.jsonl/.csv/.parquet file, `hf:DATASET[:SPLIT]` or `images:FOLDER`; `hpd:`,
-    `pickapic:`, `vidprom:` or `consisid:` before it reads it as that public prompt set."""
+    `pickapic:`, `vidprom:` or `consisid:` before it reads it as that public prompt set, `preferences:` or
+    `pickapic-pairs:` as pairs for offline DPO."""
     evaluation: str | None = None
     """Prompts that are only measured; the same forms. Never trained on."""
     per_iteration: Positive = 8

@@ -22,12 +22,13 @@ from dancegrpo.checkpoint import Checkpoint, load_latest, save, truncate_metrics
 from dancegrpo.config import RunConfig, diff_configs, load_config
 from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.files import write_json
+from dancegrpo.group_sampler import GroupSampler
 from dancegrpo.health import Clock, peak_memory_mb, restart_peak, reward_metrics, use_threads
 from dancegrpo.policies import Condition, Policy, load_policy
 from dancegrpo.policies.cache import CachedEncoder, ConditionCache
 from dancegrpo.preferences import match_pairs
 from dancegrpo.progress import Progress
-from dancegrpo.prompts import GroupSampler, Prompt, open_prompts
+from dancegrpo.prompts import Prompt, open_prompts
 from dancegrpo.report import write_report
 from dancegrpo.rewards import (
     CATALOG,

@@ -49,7 +49,6 @@ class DDPO(GRPO):
         advantage = torch.zeros(len(values))
         for owner, baseline in baselines.items():
             mine = torch.tensor([name == owner for name in owners]) & valid
-            # Equal rewards: rounding over an eps of 1e-8 must not become an advantage.
             if mine.any() and baseline.max() - baseline.min() > self.config.advantage.min_spread:
                 advantage[mine] = standardize(values[mine], baseline, **settings)
         return advantage, valid.float()
