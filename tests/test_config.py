@@ -38,6 +38,7 @@ PUBLISHED |= {
     "qwen-image-hps": (QWEN, 720, 20, 3.0, 0.3, 3.5, 2, 8, 12, 2, 1e-5, 1.0, 0.6, 300, None, None),
     "wan21-hps": (WAN, 512, 20, 3.0, 0.3, 5.0, 2, 8, 12, 1, 1e-5, 1.0, 0.6, 1000, None, None),
 }
+BASELINES = {"sd14-ddpo": "ddpo", "sd15-dpok": "dpok", "sd14-refl": "refl", "sd15-dpo": "dpo"}
 OURS = {"hunyuan-t2i-hps", "sd3-hps", "sdxl-hps"}
 MINIATURES = {"shapes-flux", "shapes-flux-demo", "shapes-sd", "shapes-video", "shapes-i2v", "shapes-t2i"}
 
@@ -106,6 +107,26 @@ def test_published_video_numbers(name: str) -> None:
     assert (c.optimizer.learning_rate, c.rollout.timesteps.fraction) == (1e-5, 0.6)
 
 
+@pytest.mark.parametrize(("name", "algorithm"), BASELINES.items())
+def test_baselines_are_called_after_their_algorithm(name: str, algorithm: str) -> None:
+    assert load_config(name).algorithm.name == algorithm
+
+
+def test_published_settings_of_the_baselines() -> None:
+    """What their papers and published code state (arXiv:2305.13301, 2305.16381, 2304.05977, 2311.12908)."""
+    ddpo, dpok, refl, dpo = map(load_config, BASELINES)
+    assert (ddpo.rollout.num_steps, ddpo.model.guidance_scale, ddpo.optimizer.learning_rate) == (50, 5.0, 3e-4)
+    assert (ddpo.prompts.per_iteration * ddpo.rollout.group_size, ddpo.rollout.timesteps.include_last) == (256, True)
+    assert (ddpo.algorithm.ddpo.buffer_size, ddpo.algorithm.ddpo.buffer_min, ddpo.advantage.eps) == (32, 16, 1e-6)
+    assert (dpok.algorithm.dpok.reward_weight, dpok.algorithm.dpok.anchor_weight) == (1000, 0.1)
+    assert (dpok.model.lora.rank, dpok.optimizer.learning_rate, dpok.optimizer.max_grad_norm) == (4, 1e-5, 0.1)
+    value = dpok.algorithm.dpok
+    assert (value.value_learning_rate, value.value_batch, value.value_steps) == (1e-4, 256, 5)
+    assert (refl.rollout.num_steps, refl.model.guidance_scale, refl.prompts.per_iteration) == (40, 1.0, 64)
+    assert (refl.algorithm.refl.loss_scale, refl.algorithm.refl.margin, refl.algorithm.refl.window) == (1e-3, 2.0, 0.25)
+    assert (dpo.algorithm.dpo.beta, dpo.prompts.per_iteration, dpo.optimizer.learning_rate) == (5000, 2048, 2.048e-5)
+
+
 @pytest.mark.parametrize("name", sorted(OURS))
 def test_what_is_ours_says_so(name: str) -> None:
     assert load_config(name).description.startswith("Ours: ")
@@ -128,7 +149,7 @@ def test_shapes_recipes_measure_on_held_out_prompts(name: str, steps: int, guida
 
 def test_listing_shows_finished_recipes_only() -> None:
     shown = {recipe.name: recipe for recipe in list_recipes()}
-    assert set(shown) == {*PUBLISHED, *VIDEO, *OURS, *MINIATURES}
+    assert set(shown) == {*PUBLISHED, *VIDEO, *BASELINES, *OURS, *MINIATURES}
     assert all(recipe.description for recipe in shown.values())
     assert shown["sd14-hps"].samples_per_iteration == 4 * 8 * 16
 
