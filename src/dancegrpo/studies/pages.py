@@ -18,6 +18,7 @@ from dancegrpo.progress import duration
 from dancegrpo.report import script_json
 from dancegrpo.report.curves import MISSING, show
 from dancegrpo.studies.plan import TUNING_SEED
+from dancegrpo.studies.results import Result
 from dancegrpo.studies.rows import shown_prompts
 from dancegrpo.studies.study import Study, load_study, study_names
 from dancegrpo.studies.summary import Evidence, Verdict, cell_text, level
@@ -54,6 +55,8 @@ class Cost:
     iterations: str
     samples: str
     seconds: str
+    phases: list[str]
+    """Of one iteration: rollout (the sampler's steps), update, and the whole."""
     memory: str
 
 
@@ -174,10 +177,16 @@ def costs(evidence: Evidence, place: str | None) -> list[Cost]:
                 f"{round(np.mean([run.iterations for run in runs])):,}",
                 f"{round(np.mean([run.samples[-1] if run.samples else 0 for run in runs])):,}",
                 duration(float(np.mean(seconds))) if seconds else MISSING,
+                [_phase(runs, phase) for phase in ("rollout", "update", "total")],
                 show(max(memory), "megabytes") if memory else MISSING,
             )
         )
     return rows
+
+
+def _phase(runs: Sequence[Result], phase: str) -> str:
+    known = [run.phases[phase] for run in runs if phase in run.phases]
+    return show(float(np.mean(known)), "seconds") if known else MISSING
 
 
 def facts(evidence: Evidence) -> list[tuple[str, str]]:

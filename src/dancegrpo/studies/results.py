@@ -61,6 +61,8 @@ class Result(Frozen):
     """Training metric -> its value at each iteration."""
     evaluations: list[Evaluation]
     peak_memory_mb: float | None
+    phases: dict[str, float] = Field(default_factory=dict)
+    """Median seconds of an iteration's phases (`rollout`, `update`, ...), over the iterations that had them."""
     prompts: list[str] = Field(default_factory=list)
     """Of the picture beside it, from left to right."""
     error: str | None = None
@@ -95,6 +97,7 @@ def distill(job: Job, folder: Path, commit: str | None = None, metrics: tuple[st
         curves={key: [_short(record.get(key)) for record in run.metrics] for key in sorted(kept)},
         evaluations=[_estimates(record) for record in run.evaluations],
         peak_memory_mb=_short(max((record.get("memory/peak_mb") or 0 for record in run.metrics), default=0) or None),
+        phases=_phases(run),
         prompts=[str(prompt.get("text")) for prompt in run.prompts] if job.candidate is None else [],
     )
 
@@ -165,6 +168,12 @@ def _samples(run: RunFolder) -> list[int]:
     planned = (run.info.get("derived") or {}).get("samples_per_iteration") or 0
     counts = [record.get("samples/total") for record in run.metrics]
     return [int(total) for total in np.cumsum([planned if count is None else count for count in counts])]
+
+
+def _phases(run: RunFolder) -> dict[str, float]:
+    names = sorted({key for record in run.metrics for key in record if key.startswith("seconds/")})
+    known = {name: [record[name] for record in run.metrics if record.get(name) is not None] for name in names}
+    return {name.removeprefix("seconds/"): float(f"{np.median(v):.4g}") for name, v in known.items() if v}
 
 
 def _estimates(record: Mapping[str, Any]) -> Evaluation:
