@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dancegrpo.objectives import approx_kl, clipped_surrogate, is_clipped, ratio
+from dancegrpo.objectives import (
+    approx_kl,
+    clipped_surrogate,
+    dpo_loss,
+    guarded_log_ratio,
+    is_clipped,
+    mean_square,
+    nft_loss,
+    optimality,
+    ratio,
+    refl_loss,
+    reward_weighted,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 finite = st.floats(-5, 5, width=32, allow_subnormal=False)
@@ -85,3 +98,82 @@ def test_approx_kl_estimates_the_kl_of_two_normals():
     estimate = approx_kl(new, old)
     assert (estimate >= 0).all()
     assert estimate.mean().item() == pytest.approx(m**2 / 2, abs=5 * estimate.std().item() / len(x) ** 0.5)
+
+
+@unhurried
+@given(finite.filter(lambda a: abs(a) > 1e-3), log_ratio.filter(lambda x: abs(abs(x) - 0.2) > 0.05))
+def test_dpoks_gradient_stops_beyond_the_clip_on_either_side(advantage: float, change: float):
+    """No pessimistic maximum: where the ratio left in the unwanted direction, GRPO's loss still pulls it back."""
+    log_prob = torch.tensor([change], requires_grad=True)
+    loss = reward_weighted(log_prob, torch.zeros(1), torch.tensor([advantage]), 3.0, 0.2)
+    loss.sum().backward()
+    r = torch.tensor(change).exp().item()
+    inside = 0.8 < r < 1.2
+    assert loss.item() == pytest.approx(-3 * advantage * min(max(r, 0.8), 1.2), rel=1e-5)
+    assert log_prob.grad.item() == pytest.approx(-3 * advantage * r if inside else 0.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(("advantage", "change"), [(1.0, -0.5), (-1.0, 0.5)])
+def test_dpok_and_grpo_differ_where_the_ratio_left_in_the_unwanted_direction(advantage: float, change: float):
+    log_prob, a = torch.tensor([change]), torch.tensor([advantage])
+    dpok, grpo = (
+        reward_weighted(log_prob, torch.zeros(1), a, 1.0, 0.2),
+        clipped_surrogate(log_prob, torch.zeros(1), a, 0.2),
+    )
+    assert grpo.item() == pytest.approx(-advantage * torch.tensor(change).exp().item())
+    assert dpok.item() == pytest.approx(-advantage * (1.2 if change > 0 else 0.8))
+
+
+def test_the_guards_log_ratio_is_its_formula():
+    """((x - m_old)^2 - (x - m)^2 + (m - m_old)^2) / (2 s^2) * s = (m - m_old)(x - m_old) / s: linear in the noise."""
+    x, m, m_old, s = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    s = s.abs() + 0.1
+    normal = torch.distributions.Normal
+    change = normal(m, s).log_prob(x) - normal(m_old, s).log_prob(x)
+    found = guarded_log_ratio(change, (m - m_old).square() / (2 * s.square()), s)
+    torch.testing.assert_close(found, (m - m_old) * (x - m_old) / s)
+
+
+@unhurried
+@given(finite, finite, finite, finite, st.floats(0.01, 50))
+def test_dpo_is_minus_the_log_of_the_preferences_probability(w: float, lo: float, w0: float, lo0: float, beta: float):
+    """By the odds of Bradley and Terry, on rewards -beta/2 (e - e_start)."""
+    errors = [torch.tensor([value], dtype=torch.float64) for value in (w, lo, w0, lo0)]
+    odds = torch.tensor([-beta / 2 * (w - w0), -beta / 2 * (lo - lo0)], dtype=torch.float64).log_softmax(0)
+    torch.testing.assert_close(dpo_loss(*errors, beta), -odds[:1], atol=1e-9, rtol=1e-9)
+
+
+def test_dpo_at_the_start_is_log_two_and_pulls_the_winners_error_down():
+    winner, loser = torch.tensor([0.7], requires_grad=True), torch.tensor([0.4], requires_grad=True)
+    loss = dpo_loss(winner, loser, winner.detach(), loser.detach(), 10.0)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    assert winner.grad.item() == pytest.approx(10 / 4)
+    assert loser.grad.item() == pytest.approx(-10 / 4)
+
+
+def test_mean_square_leaves_one_number_per_row():
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    torch.testing.assert_close(mean_square(x), torch.tensor([55 / 6, 451 / 6]))
+
+
+def test_refl_pays_up_to_its_margin():
+    reward = torch.tensor([-1.0, 1.5, 2.0, 7.0], requires_grad=True)
+    loss = refl_loss(reward, 2.0, 0.1)
+    loss.sum().backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor([0.3, 0.05, 0.0, 0.0]))
+    torch.testing.assert_close(reward.grad, torch.tensor([-0.1, -0.1, 0.0, 0.0]))
+
+
+def test_optimality_is_linear_between_its_bounds():
+    assert optimality(torch.tensor([-9.0, -5.0, 0.0, 2.5, 5.0, 9.0]), 5.0).tolist() == [0.0, 0.0, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_nft_weighs_each_sides_square_by_its_own_error_without_gradient():
+    x0, r = torch.zeros(1, 2), torch.tensor([0.75])
+    positive, negative = torch.tensor([[1.0, 3.0]], requires_grad=True), torch.tensor([[2.0, 0.0]], requires_grad=True)
+    loss = nft_loss(positive, negative, x0, r, 0.5)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx((0.75 * 5 / 2 + 0.25 * 2 / 1) / 0.5)
+    torch.testing.assert_close(positive.grad, 0.75 * torch.tensor([[1.0, 3.0]]) / 2 / 0.5)
+    torch.testing.assert_close(negative.grad, 0.25 * torch.tensor([[2.0, 0.0]]) / 1 / 0.5)
