@@ -64,7 +64,7 @@ def test_best_of_n_is_for_grpo_and_nft(name):
 def test_a_baseline_of_its_own_takes_no_other(name):
     told = refusal(name, "advantage.normalization=batch")
     assert told.startswith(
-        f"advantage.normalization=batch is not read with algorithm.name={name}, which has a baseline"
+        f"advantage.normalization=batch is not read with algorithm.name={name}, which has no such baseline"
     )
 
 
@@ -139,3 +139,18 @@ def test_of_best_of_n_the_kept_ones_are_dealt(name):
 )
 def test_a_value_that_cannot_be_is_named(name, overrides, expected):
     assert refusal(name, *overrides).startswith(expected)
+
+
+@pytest.mark.parametrize("name", ["dpok", "refl"])
+@pytest.mark.parametrize("setting", ["clamp=3", "estimator=biased", "eps=0.1", "combine=scores", "min_spread=1"])
+def test_raw_rewards_are_not_normalised(name: str, setting: str) -> None:
+    key, _, value = setting.partition("=")
+    told = refusal(name, f"advantage.{setting}")
+    assert told.startswith(f"advantage.{key}=")
+    assert f"is not read with algorithm.name={name}" in told
+
+
+@pytest.mark.parametrize("setting", ["window=2", "stride=2", "slide_every=3"])
+def test_a_window_is_only_read_where_it_slides(setting: str) -> None:
+    told = refusal("grpo", f"rollout.timesteps.{setting}")
+    assert told.startswith(f"rollout.timesteps.{setting} is only read with timesteps.select=window")

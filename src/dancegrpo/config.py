@@ -91,10 +91,12 @@ class RunConfig(Frozen):
             )
         if keep is not None and (keep % 2 or keep > g):
             raise ValueError(f"advantage.keep={keep} must be even and at most rollout.group_size={g}")
-        if name in ("ddpo", "dpok", "refl") and self.advantage.normalization != "group":
+        unread = self._unread_advantage()
+        if unread is not None:
+            what = "offline dpo" if self.offline else name
             raise ValueError(
-                f"advantage.normalization={self.advantage.normalization} is not read with algorithm.name={name}, "
-                "which has a baseline of its own: leave it at its default"
+                f"advantage.{unread}={getattr(self.advantage, unread)} is not read with algorithm.name={what}, "
+                "which has no such baseline: leave it at its default"
             )
         silent = not any(self.rollout.noise_levels()[: None if self.rollout.timesteps.include_last else -1])
         if silent and name in POLICY_GRADIENT:
@@ -107,6 +109,15 @@ class RunConfig(Frozen):
                 f"rollout.shared_noise=true with rollout.noise_level={self.rollout.noise_level} draws a group of equal "
                 "samples: set shared_noise to false, or add noise"
             )
+
+    def _unread_advantage(self) -> str | None:
+        """A setting of `advantage` away from its default that the algorithm would not read; `keep` is told before."""
+        name, fields = self.algorithm.name, type(self.advantage).model_fields
+        unread = {"ddpo": {"normalization"}, "dpok": set(fields), "refl": set(fields)}.get(name, set())
+        unread = set(fields) if self.offline else unread
+        return next(
+            (key for key in fields if key in unread and getattr(self.advantage, key) != fields[key].default), None
+        )
 
     def _check_updates(self) -> None:
         """Each rollout is dealt to its updates in equal parts."""

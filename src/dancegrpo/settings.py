@@ -194,6 +194,13 @@ class RolloutConfig(Frozen):
         chosen = self.timesteps
         known = self.num_steps - (not chosen.include_last)
         steps = list(chosen.steps)
+        for key in ("window", "stride", "slide_every"):
+            value = getattr(chosen, key)
+            if chosen.select != "window" and value != TimestepsConfig.model_fields[key].default:
+                raise ValueError(
+                    f"timesteps.{key}={value} is only read with timesteps.select=window, not {chosen.select}: "
+                    "set one of them"
+                )
         if steps and chosen.select != "list":
             raise ValueError(
                 f"timesteps.steps={steps} is only read with timesteps.select=list, not {chosen.select}: set one of them"

@@ -30,10 +30,9 @@ class DPOK(PolicyGradient):
     The reward is the judges' weighted sum, raw; the value network learns it from the state, the condition and the step.
     """
 
-    needs_reference = True
-
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
+        self.needs_reference = config.algorithm.dpok.anchor_weight > 0
         self.value: ValueNetwork | None = None
         self._rollouts = 0
         self._restored: Mapping[str, Tensor] | None = None
@@ -50,6 +49,11 @@ class DPOK(PolicyGradient):
         """The rollout's samples round-robin: a group may be a single sample."""
         return deal(torch.zeros_like(group), advantage.weight, self.config.update.updates_per_rollout)
 
+    @property
+    def everywhere(self) -> bool:
+        """True: a reward of 0 is not a reward that the value network explains."""
+        return True
+
     def learning(self, policy: Policy, trajectory: Trajectory, advantage: Advantage) -> PolicyGradientLearning:
         """Fits the value network to this rollout first, then learns from what it does not explain."""
         learning = super().learning(policy, trajectory, advantage)
@@ -63,23 +67,25 @@ class DPOK(PolicyGradient):
         assert self.value is not None
         with torch.no_grad():
             unexplained = pairs.advantage - self.value(pairs.x_t, pairs.step, pairs.condition)
-            with policy.reference():
-                anchor = policy.predict(pairs.x_t, pairs.step, pairs.condition)
         prediction = policy.predict(pairs.x_t, pairs.step, pairs.condition)
         gaussian = policy.dynamics.transition(pairs.x_t, prediction, pairs.step, pairs.noise_level)
         log_prob = gaussian.log_prob(pairs.x_next, reduction=config.log_prob_reduction)
         old = log_prob.detach() if pairs.old_log_prob is None else pairs.old_log_prob
-        distance = mean_square(prediction - anchor)
+        loss = reward_weighted(log_prob, old, unexplained, config.dpok.reward_weight, config.clip_range)
+        if self.needs_reference:
+            with torch.no_grad(), policy.reference():
+                anchor = policy.predict(pairs.x_t, pairs.step, pairs.condition)
+            distance = mean_square(prediction - anchor)
+            loss = loss + config.dpok.anchor_weight * distance
+            learning.note(anchor_distance=distance)
         taken = log_prob.detach()
         learning.note(
             log_prob=taken,
             ratio=ratio(taken, old),
             approx_kl=approx_kl(taken, old),
             clipped=is_clipped(taken, old, config.clip_range).float(),
-            anchor_distance=distance,
         )
-        loss = reward_weighted(log_prob, old, unexplained, config.dpok.reward_weight, config.clip_range)
-        return loss + config.dpok.anchor_weight * distance
+        return loss
 
     def _fit_value(self, policy: Policy, trajectory: Trajectory, advantage: Advantage) -> Tensor:
         """`value_steps` steps on random pairs of this rollout; returns the last mean squared error."""
