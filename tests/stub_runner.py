@@ -58,7 +58,8 @@ class StubRunner:
         judges = [name for name, reward in job.config.rewards.items() if reward.weight]
         rows = [self._metrics(job, judges, i) for i in range(job.config.iterations)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for iteration in (0, job.config.iterations):
+        every, last = job.config.evaluation.every, job.config.iterations
+        for iteration in sorted({0, last, *(range(every, last, every) if every else ())}):
             record = self._evaluation(job, iteration)
             (folder / "evaluations" / f"{iteration:06}.json").write_text(json.dumps(record))
         if job.seed == 0:

@@ -141,6 +141,15 @@ def test_bands_are_one_deviation_of_the_seeds(finished):
     assert first.high[-1] - first.low[-1] == pytest.approx(2 * ends.std(ddof=1), abs=1e-5)
 
 
+def test_held_out_scores_measured_on_the_way_are_a_curve(tmp_path):
+    evidence = made(tmp_path, study(settings=[*TINY, "evaluation.every=2"]))
+    held_out, _ = evidence.charts()
+    first = next(series for series in held_out.series if series.name == "A")
+    assert held_out.x == [0, 512, 1024]
+    ends = [FINAL["a", seed] for seed in range(3)]
+    assert first.values == pytest.approx([0.25, np.mean(ends), np.mean(ends)], abs=1e-6)
+
+
 def test_arms_of_different_length_share_the_axis(tmp_path):
     arms = {"a": {"label": "A"}, "b": {"label": "B", "settings": ["iterations=8", f"{RATE}=0.002"]}}
     (chart,) = made(tmp_path, study(arms=arms)).charts()

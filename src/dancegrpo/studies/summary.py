@@ -172,9 +172,11 @@ class Evidence:
         return f"{told}; above 0 in {sum(value > 0 for value in differences)} of {n}"
 
     def charts(self) -> list[Chart]:
-        """The training metric against the samples scored, one chart for each condition that has runs."""
+        """Against the samples scored, for each condition that has runs: the main held-out column, where it was measured
+        on the way, and the training metric."""
         charts = []
         for place in self.study.places:
+            charts += self._held_out_chart(place)
             curves = {
                 self.study.arms[arm].label: [run for run in self.of(arm, place).values() if run.curves]
                 for arm in self.study.trained
@@ -184,8 +186,24 @@ class Evidence:
             if metric is None or not any(xs for xs, _ in lines.values()):
                 continue
             label = self.study.conditions[place].label if place else metric
-            charts.append(_chart(label, metric, {name: line for name, line in lines.items() if line[0]}))
+            charts.append(_chart(label, f"{metric} in training", {name: line for name, line in lines.items() if line[0]}))
         return charts
+
+    def _held_out_chart(self, place: str | None) -> list[Chart]:
+        main, lines = self.study.main, {}
+        for arm in self.study.trained:
+            runs = list(self.of(arm, place).values())
+            count = min((len(run.evaluations) for run in runs), default=0)
+            rows = [[run.column(main, index) for index in range(count)] for run in runs]
+            known = [[value for value in row if value is not None] for row in rows]
+            if count > 2 and all(len(row) == count for row in known):
+                xs = [_scored(runs[0], at.iteration) for at in runs[0].evaluations]
+                lines[self.study.arms[arm].label] = (xs, known)
+        if not lines:
+            return []
+        label = self.study.columns[main]
+        title = f"{self.study.conditions[place].label}: {label}" if place else label
+        return [_chart(title, f"{main} on held-out prompts", lines)]
 
     def metric(self) -> str | None:
         """The training metric that is drawn."""
@@ -244,6 +262,11 @@ def points(runs: Sequence[Result], metric: str | None) -> tuple[list[int], list[
     return xs[:whole], [[value for value in row[:whole] if value is not None] for row in rows]
 
 
+def _scored(run: Result, iteration: int) -> int:
+    """Samples scored before an evaluation after `iteration` iterations."""
+    return run.samples[iteration - 1] if 0 < iteration <= len(run.samples) else 0
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
@@ -260,7 +283,7 @@ def _chart(title: str, metric: str, lines: Mapping[str, tuple[list[int], list[li
         low, high = (None, None) if std is None else (_cut(mean - std, inside), _cut(mean + std, inside))
         series.append(Series(name, _cut(mean, inside), low, high))
     about = (
-        f"{metric} in training against reward queries (samples scored). Lines: mean over seeds; "
+        f"{metric} against reward queries (samples scored). Lines: mean over seeds; "
         f"bands: one standard deviation of the seeds."
     )
     return Chart(title, about, x, series, axis="reward queries", smoothed=False)
