@@ -84,11 +84,10 @@ def test_noise_in_the_last_step_alone_trains_only_with_that_step():
     toy_config("ddpo", last, "rollout.timesteps.include_last=true")
 
 
-@pytest.mark.parametrize("name", ["dpo", "nft"])
+@pytest.mark.parametrize("name", ["dpo", "nft", "refl"])
 def test_equal_starts_without_noise_draw_equal_samples(name):
     told = refusal(name, "rollout.noise_level=0", "rollout.shared_noise=true")
     assert told.startswith("rollout.shared_noise=true with rollout.noise_level=0.0 draws a group of equal samples")
-    assert refusal("dpo", "rollout.noise_level=0", "rollout.shared_noise=true", "rollout.group_size=1")
     offline = "algorithm.dpo.source=offline"
     toy_config("dpo", "rollout.noise_level=0", "rollout.shared_noise=true", offline)
 
@@ -139,6 +138,10 @@ def test_of_best_of_n_the_kept_ones_are_dealt(name):
 )
 def test_a_value_that_cannot_be_is_named(name, overrides, expected):
     assert refusal(name, *overrides).startswith(expected)
+
+
+def test_the_pairs_of_dpo_know_no_clamp() -> None:
+    assert refusal("dpo", "advantage.clamp=3").startswith("advantage.clamp=3.0 is not read with algorithm.name=dpo")
 
 
 @pytest.mark.parametrize("name", ["dpok", "refl"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dancegrpo.algorithms.dpo import DPOLearning, Preferences, best_and_worst
+from dancegrpo.algorithms.dpo import DPO, DPOLearning, Preferences, best_and_worst
 from dancegrpo.algorithms.forward import draw_steps, forward_noise
 from dancegrpo.rewards import Scores
 from dancegrpo.sde import FlowDynamics, flow_sigmas
@@ -185,3 +185,15 @@ def test_diffusion_steps_are_uniform_and_flow_steps_logit_normal():
     below = torch.distributions.Normal(0.0, 1.0).cdf((edges / (1 - edges)).log())
     share = torch.cat([torch.ones(1), below]) - torch.cat([below, torch.zeros(1)])
     assert ((counts - 12000 * share).abs() < 5 * (12000 * share * (1 - share)).sqrt()).all()
+
+
+def test_samples_beyond_the_clamp_of_others_are_still_told_apart():
+    """Two judges of large weight: under a clamp of 5 the best two would tie."""
+    config = toy_config("dpo", "rollout.group_size=4")
+    judge = config.rewards["bright"].model_copy(update={"weight": 9.0})
+    heavy = config.model_copy(update={"rewards": {"a": judge, "b": judge}})
+    values = torch.tensor([0.9, 1.0, 0.1, 0.0])
+    scores = {name: Scores(values, torch.ones(4, dtype=torch.bool)) for name in ("a", "b")}
+    found = DPO(heavy).advantage(scores, torch.zeros(4, dtype=torch.int64))
+    winner, loser = best_and_worst(found.value, found.weight, torch.zeros(4, dtype=torch.int64))
+    assert (winner.tolist(), loser.tolist()) == ([1], [3])

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from dancegrpo.algorithms.dpok import _features
+from dancegrpo.policies import Condition
 from dancegrpo.rewards import Scores
 from dancegrpo.update import Updater
 from toy import Bright, gradients, items, normal_log_prob, nudge, toy_config, toy_learning, toy_setup
@@ -143,3 +145,14 @@ def test_the_first_ratio_is_exactly_one():
     assert metrics["train/ratio_first"] == 1.0
     assert metrics["train/ratio_max_deviation"] > 0
     assert metrics["train/updates"] == 2
+
+
+def test_padding_does_not_change_what_a_condition_says():
+    text = torch.randn(2, 3, 5)
+    padded = torch.cat([text, torch.zeros(2, 4, 5)], dim=1)
+    torch.testing.assert_close(_features(Condition({"t": padded})), text.mean(1))
+
+
+def test_a_condition_of_latents_is_pooled_to_its_channels():
+    image = torch.randn(2, 4, 3, 6, 6)
+    torch.testing.assert_close(_features(Condition({"image": image})), image.mean((2, 3, 4)))

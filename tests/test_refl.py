@@ -147,3 +147,27 @@ def test_a_judge_without_a_gradient_is_refused_by_name():
     ) as told:
         build_algorithm(toy_config("refl"), Judges({"bright": blunt}))
     assert "\n" not in str(told.value)
+
+
+def test_a_batch_that_the_judge_failed_on_altogether_adds_nothing():
+    policy, algorithm = toy_setup("flow", "refl")
+    algorithm.judges.rewards["bright"] = FailsOnce()
+    _, learning = toy_learning(algorithm, policy)
+    for sample, slot in zip(*(each.split(4) for each in items(12, 1)), strict=True):
+        learning.loss(sample, slot).sum().backward()
+    first = [p.grad.clone() for p in policy.trainable().values()]
+    assert all(torch.isfinite(gradient).all() for gradient in first)
+    learning.metrics()
+    assert learning.scores["bright"].valid.tolist() == [False] * 4 + [True] * 8
+
+
+class FailsOnce(Bright):
+    """Raises at its first batch."""
+
+    asked = 0
+
+    def __call__(self, media, prompts):
+        self.asked += 1
+        if self.asked == 1:
+            raise RuntimeError("out of order")
+        return super().__call__(media, prompts)

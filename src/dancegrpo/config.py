@@ -21,6 +21,7 @@ from dancegrpo.settings import (
     EMAConfig,
     EvaluationConfig,
     Frozen,
+    HealthConfig,
     ModelConfig,
     OptimizerConfig,
     PromptsConfig,
@@ -58,6 +59,7 @@ class RunConfig(Frozen):
     ema: EMAConfig = EMAConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
@@ -72,6 +74,11 @@ class RunConfig(Frozen):
         if not self.offline and not any(reward.weight for reward in self.rewards.values()):
             raise ValueError("rewards has no judge with a weight other than 0: give one, there is nothing to train on")
         return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of the judges that are trained on, by name."""
+        return {name: reward.weight for name, reward in self.rewards.items() if reward.weight}
 
     @property
     def offline(self) -> bool:
@@ -104,7 +111,7 @@ class RunConfig(Frozen):
                 f"rollout.noise_level={self.rollout.noise_level} makes every step deterministic: "
                 "use a value above 0 to train"
             )
-        if silent and grouped and self.rollout.shared_noise:
+        if silent and g > 1 and not self.offline and self.rollout.shared_noise:
             raise ValueError(
                 f"rollout.shared_noise=true with rollout.noise_level={self.rollout.noise_level} draws a group of equal "
                 "samples: set shared_noise to false, or add noise"
@@ -113,7 +120,9 @@ class RunConfig(Frozen):
     def _unread_advantage(self) -> str | None:
         """A setting of `advantage` away from its default that the algorithm would not read; `keep` is told before."""
         name, fields = self.algorithm.name, type(self.advantage).model_fields
-        unread = {"ddpo": {"normalization"}, "dpok": set(fields), "refl": set(fields)}.get(name, set())
+        unread = {"ddpo": {"normalization"}, "dpo": {"clamp"}, "dpok": set(fields), "refl": set(fields)}.get(
+            name, set()
+        )
         unread = set(fields) if self.offline else unread
         return next(
             (key for key in fields if key in unread and getattr(self.advantage, key) != fields[key].default), None

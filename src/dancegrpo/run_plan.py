@@ -41,7 +41,8 @@ class RunPlan:
         config, policy, work = self.config, self.policy, self.algorithm.workload(self.policy)
         samples, size = work.samples // config.update.updates_per_rollout, config.update.micro_batch_size
         if isinstance(work.steps, int):
-            buckets = policy.bucket(torch.arange(policy.dynamics.num_steps - 1))
+            last = config.algorithm.name in _ITEMS or config.rollout.timesteps.include_last
+            buckets = policy.bucket(torch.arange(policy.dynamics.num_steps - (not last)))
             return -(-samples * work.steps // size), len(buckets.unique()) == 1
         counts = policy.bucket(torch.tensor(work.steps)).unique(return_counts=True)[1].tolist()
         return sum(-(-samples * count // size) for count in counts), True

@@ -143,7 +143,8 @@ class TimestepsConfig(Frozen):
     """`random`: a subset of its own for each sample; `first`/`last`: the noisiest / the cleanest; `list`: `steps`;
     `window`: consecutive ones that slide from high to low noise (MixGRPO, arXiv:2507.21802)."""
     fraction: Fraction = 0.6
-    """Share of the T-1 trainable transitions: int((T-1) * fraction) of them; `random`, `first` and `last`."""
+    """Share of the trainable transitions, T-1 or with `include_last` T: that many, rounded down; `random`, `first` and
+    `last`."""
     steps: tuple[Int, ...] = ()
     """Explicit transitions for `list`, 0 = the noisiest."""
     window: Positive = 4
@@ -215,7 +216,9 @@ class RolloutConfig(Frozen):
                     raise ValueError(f"timesteps.steps={steps} must {rule}")
             case "window":
                 if chosen.window > known:
-                    raise ValueError(f"timesteps.window={chosen.window} is wider than the {known} trainable steps")
+                    raise ValueError(
+                        f"timesteps.window={chosen.window} is wider than the {known} trainable steps: lower it"
+                    )
                 if chosen.stochastic != "trained":
                     raise ValueError(
                         "timesteps.stochastic=all adds noise outside the window: set it to trained with select=window"
@@ -388,7 +391,8 @@ class UpdateConfig(Frozen):
     """How a rollout becomes optimizer steps."""
 
     updates_per_rollout: Positive = 1
-    """Optimizer steps per rollout, each on a disjoint part of every group; accumulation follows from it."""
+    """Optimizer steps per rollout, each on a part of its own (of every group, where there are groups); accumulation
+    follows from it."""
     micro_batch_size: Positive = 8
     """(sample, step) pairs per forward and backward pass."""
 
@@ -421,6 +425,22 @@ class CheckpointConfig(Frozen):
     """Iterations between checkpoints; 0 = only after the last."""
     keep: Positive = 2
     """The newest checkpoints that are kept."""
+
+
+class HealthConfig(Frozen):
+    """What watches over a run, and what it may do (see `docs/health.md`)."""
+
+    watch: Literal["off", "alarms", "rollback"] = "rollback"
+    """`off`: nothing; `alarms`: says what it finds; `rollback`: also skips spiking updates, goes back to the last good
+    state after several or a collapse, and in the end stops."""
+    spike: Annotated[Float, Field(gt=1)] = 8.0
+    """A gradient norm this many times its running median is a spike."""
+    max_skips: Positive = 3
+    """Updates skipped in a row after which the run goes back."""
+    max_rollbacks: Count = 3
+    """Times a run goes back before it stops instead."""
+    factor: Annotated[Float, Field(gt=0, le=1)] = 0.5
+    """By which the learning rate is multiplied each time the run goes back."""
 
 
 class TrackingConfig(Frozen):

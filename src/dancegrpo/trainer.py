@@ -44,7 +44,7 @@ from dancegrpo.run_folder import RunFolder
 from dancegrpo.run_plan import RunPlan
 from dancegrpo.samples import MOVING_SHEET, SHEET, write_samples
 from dancegrpo.sampling import step_plan
-from dancegrpo.settings import POLICY_GRADIENT, RewardConfig
+from dancegrpo.settings import RewardConfig
 from dancegrpo.statistics import summarize
 from dancegrpo.tracking import Tracker, open_tracker
 from dancegrpo.update import Updater
@@ -124,7 +124,7 @@ class Trainer:
             else None
         )
         self.encoder = CachedEncoder(self.policy, cache)
-        if config.algorithm.name in POLICY_GRADIENT:  # a plan that cannot be is refused now
+        if not config.offline:  # a plan that cannot be is refused now
             step_plan(config.rollout, self.policy.dynamics, 1, config.seed, 0)
         weights = {name: reward.weight for name, reward in config.rewards.items()}
         self.judges = Judges(judges, weights).to(self.policy.device)

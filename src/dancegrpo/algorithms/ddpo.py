@@ -12,6 +12,7 @@ from dancegrpo.advantages import standardize
 from dancegrpo.algorithms.base import Advantage
 from dancegrpo.algorithms.grpo import GRPO
 from dancegrpo.config import RunConfig
+from dancegrpo.noise import key
 from dancegrpo.prompts import Prompt
 
 
@@ -31,8 +32,9 @@ class DDPO(GRPO):
     ) -> tuple[Tensor, Tensor]:
         """Remembers the valid scores, then takes off each prompt's own mean and divides by its own spread."""
         config, known = self.config.algorithm.ddpo, self._known.setdefault(judge, {})
-        # Not the group: a prompt that is drawn twice in a rollout is one prompt, and so is one that comes again.
-        owners = [str(prompts[index].id) for index in group.tolist()]
+        # Neither the group nor the id: a text that is drawn twice, or comes again, is one prompt.
+        names = [key(0, repr(prompt.request())) for prompt in prompts]
+        owners = [f"{names[index]:x}" for index in group.tolist()]
         for owner, value, counts in zip(owners, values.tolist(), valid.tolist(), strict=True):
             if counts:
                 known.setdefault(owner, []).append(value)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dancegrpo.algorithms.base import Advantage, Learning, Workload
+from dancegrpo.algorithms.baseline import GroupBaseline, silent_groups
 from dancegrpo.algorithms.forward import draw_steps, forward_noise
-from dancegrpo.algorithms.grpo import GRPO, silent_groups
 from dancegrpo.algorithms.work import deal, work_list
 from dancegrpo.objectives import dpo_loss, mean_square
 from dancegrpo.policies.base import Condition, Policy
@@ -34,15 +34,18 @@ class Preferences:
     iteration: int
 
 
-class DPO(GRPO):
+class DPO(GroupBaseline):
     """Raises the likelihood of a pair's winner over the loser's, against the starting policy; no sampler in the loss.
 
     Online pairs are the best and the worst of each group by the judges' summed advantage; a group of ties makes none.
     """
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.needs_reference = True
+    needs_reference = True
+
+    @property
+    def clamp(self) -> None:
+        """None: samples beyond a bound would tie."""
+        return None
 
     @property
     def offline(self) -> bool:
@@ -53,7 +56,7 @@ class DPO(GRPO):
         """See `Algorithm.workload`: (pair, draw) items."""
         return Workload(self.config.prompts.per_iteration, self.config.algorithm.dpo.draws)
 
-    def collect(  # type: ignore[override]
+    def collect(
         self, policy: Policy, condition: Condition, iteration: int, on_batch: OnBatch | None = None
     ) -> tuple[Trajectory | Condition, int]:
         """Samples the groups, keeping their final latents alone; offline nothing is sampled."""
@@ -63,7 +66,7 @@ class DPO(GRPO):
         settings: Any = {"seed": config.seed, "iteration": iteration, "on_batch": on_batch, "keep": "x0"}
         return rollout(policy, condition, config.rollout, **settings), iteration
 
-    def learn(  # type: ignore[override]
+    def learn(
         self,
         policy: Policy,
         batch: tuple[Trajectory | Condition, int],
@@ -158,4 +161,4 @@ class DPOLearning(Learning):
     def _error(self, x0: Tensor, noise: Tensor, step: Tensor, condition: Condition) -> Tensor:
         """Mean squared error of the prediction, (N,)."""
         x_t, target = self.policy.dynamics.noised(x0, noise, step)
-        return mean_square(self.policy.predict(x_t, step, condition) - target)
+        return mean_square(self.policy.predict_unguided(x_t, step, condition) - target)

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dancegrpo.algorithms.base import Advantage
+from dancegrpo.algorithms.baseline import weighted_sum
 from dancegrpo.algorithms.policy_gradient import Pairs, PolicyGradient, PolicyGradientLearning, gather
 from dancegrpo.algorithms.work import deal
 from dancegrpo.config import RunConfig
 from dancegrpo.noise import generator, key
-from dancegrpo.objectives import approx_kl, is_clipped, mean_square, ratio, reward_weighted
+from dancegrpo.objectives import mean_square, reward_weighted
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores
@@ -39,9 +40,7 @@ class DPOK(PolicyGradient):
 
     def advantage(self, scores: Mapping[str, Scores], group: Tensor, prompts: Sequence[Prompt] = ()) -> Advantage:
         """The summed raw rewards: what is taken off them depends on the step, so `objective` does it."""
-        weights = {name: reward.weight for name, reward in self.config.rewards.items() if reward.weight}
-        valid = torch.stack([scores[name].valid for name in weights]).all(dim=0)
-        total = torch.stack([weight * scores[name].values for name, weight in weights.items()]).sum(dim=0)
+        total, valid = weighted_sum(scores, self.config.weights)
         value = torch.where(valid, total, 0.0).float()
         return Advantage(value, valid.float(), valid, {}, torch.zeros(int(group.max()) + 1, dtype=torch.bool))
 
@@ -59,6 +58,7 @@ class DPOK(PolicyGradient):
         learning = super().learning(policy, trajectory, advantage)
         error = self._fit_value(policy, trajectory, advantage)
         learning.note(value_loss=error.reshape(1))
+        learning.advantage = None  # what is weighed is the rest that the value leaves, not these raw rewards
         return learning
 
     def objective(self, policy: Policy, pairs: Pairs, learning: PolicyGradientLearning) -> Tensor:
@@ -78,13 +78,8 @@ class DPOK(PolicyGradient):
             distance = mean_square(prediction - anchor)
             loss = loss + config.dpok.anchor_weight * distance
             learning.note(anchor_distance=distance)
-        taken = log_prob.detach()
-        learning.note(
-            log_prob=taken,
-            ratio=ratio(taken, old),
-            approx_kl=approx_kl(taken, old),
-            clipped=is_clipped(taken, old, config.clip_range).float(),
-        )
+        learning.note(log_prob=log_prob)
+        learning.note_ratio(log_prob, old)
         return loss
 
     def _fit_value(self, policy: Policy, trajectory: Trajectory, advantage: Advantage) -> Tensor:
@@ -178,11 +173,17 @@ class ValueNetwork(nn.Module):
 
 
 def _features(condition: Condition) -> Tensor:
-    """What a condition says, (N, D): every tensor of numbers by name, sequences as their mean over the tokens."""
+    """What a condition says, (N, D): every tensor of numbers by name.
+
+    Sequences (N, tokens, D) as the mean of their tokens that are not padding (zeros), latents (N, D, ...) as the mean
+    of each channel.
+    """
     pooled = []
     for _, tensor in sorted(condition.tensors.items()):
-        if tensor.is_floating_point() and tensor.ndim >= 2:
-            while tensor.ndim > 2:
-                tensor = tensor.mean(1)
-            pooled.append(tensor.float())
+        if not tensor.is_floating_point() or tensor.ndim < 2:
+            continue
+        if tensor.ndim == 3:
+            told = (tensor != 0).any(-1, keepdim=True)
+            tensor = (tensor * told).sum(1) / told.sum(1).clamp(min=1)
+        pooled.append(tensor.float().flatten(2).mean(-1) if tensor.ndim > 3 else tensor.float())
     return torch.cat(pooled, dim=1)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dancegrpo.algorithms.base import Advantage, Learning, Workload
+from dancegrpo.algorithms.baseline import GroupBaseline
 from dancegrpo.algorithms.forward import draw_steps, forward_noise
-from dancegrpo.algorithms.grpo import GRPO
 from dancegrpo.algorithms.work import work_list
 from dancegrpo.config import RunConfig
 from dancegrpo.objectives import nft_loss, optimality
@@ -23,7 +23,7 @@ from dancegrpo.sampling import OnBatch, Trajectory, rollout
 _DEFAULT_BOUND = 5.0
 
 
-class NFT(GRPO):
+class NFT(GroupBaseline):
     """Learns the velocity towards samples of high advantage and away from those of low.
 
     `old` is the sampling policy, an exponential moving average of the trained one: it draws the rollouts, and the
@@ -39,7 +39,7 @@ class NFT(GRPO):
         samples = self.config.prompts.per_iteration * (self.config.advantage.keep or self.config.rollout.group_size)
         return Workload(samples, self.config.algorithm.nft.draws)
 
-    def collect(  # type: ignore[override]
+    def collect(
         self, policy: Policy, condition: Condition, iteration: int, on_batch: OnBatch | None = None
     ) -> tuple[Trajectory, int]:
         """Samples groups from `old`, keeping their final latents alone."""
@@ -67,7 +67,7 @@ class NFT(GRPO):
         with policy.use_weights(self.old):
             yield
 
-    def learn(  # type: ignore[override]
+    def learn(
         self, policy: Policy, batch: tuple[Trajectory, int], scores: Mapping[str, Scores], prompts: Sequence[Prompt]
     ) -> NFTLearning:
         """See `Algorithm.learn`."""
@@ -115,8 +115,8 @@ class NFTLearning(Learning):
         noise = forward_noise(policy, sample, slot, seed=config.seed, iteration=self.iteration)
         x_t, _ = policy.dynamics.noised(x0, noise, step)
         with torch.no_grad(), self.algorithm.sampling_policy(policy):
-            old = policy.predict(x_t, step, condition)
-        lean = config.algorithm.nft.beta * (policy.predict(x_t, step, condition) - old)
+            old = policy.predict_unguided(x_t, step, condition)
+        lean = config.algorithm.nft.beta * (policy.predict_unguided(x_t, step, condition) - old)
         positive, negative = (policy.dynamics.x0(x_t, old + sign * lean, step) for sign in (1, -1))
         self.note(old_distance=lean.square().flatten(1).mean(1))
         weight = self.optimality[sample].to(policy.device)

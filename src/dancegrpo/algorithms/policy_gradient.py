@@ -13,6 +13,7 @@ from torch import Tensor
 from dancegrpo.algorithms.base import Advantage, Learning, Stateless, Workload
 from dancegrpo.algorithms.work import Part, work_list
 from dancegrpo.errors import ModelError
+from dancegrpo.objectives import approx_kl, is_clipped, ratio
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores
@@ -143,7 +144,8 @@ class PolicyGradientLearning(Learning):
     def __init__(self, algorithm: PolicyGradient, policy: Policy, trajectory: Trajectory, advantage: Advantage) -> None:
         super().__init__()
         config = algorithm.config
-        self.algorithm, self.policy, self.trajectory, self.advantage = algorithm, policy, trajectory, advantage
+        self.algorithm, self.policy, self.trajectory = algorithm, policy, trajectory
+        self.advantage, self._advantage = advantage, advantage
         active = (advantage.value != 0) | algorithm.everywhere
         dealt = algorithm.deal(advantage, trajectory.group.cpu())
         updates, steps = config.update.updates_per_rollout, trajectory.step.shape[1]
@@ -154,13 +156,21 @@ class PolicyGradientLearning(Learning):
     def loss(self, sample: Tensor, slot: Tensor) -> Tensor:
         """See `Learning.loss`; notes the rollout/trainer difference while the policy has not moved."""
         trajectory, known = self.trajectory, len(self._told["log_prob"])
-        assert self.advantage is not None
-        pairs = gather(trajectory, self.advantage, sample, slot, self.old_log_prob if self.moved else None)
+        pairs = gather(trajectory, self._advantage, sample, slot, self.old_log_prob if self.moved else None)
         loss = self.algorithm.objective(self.policy, pairs, self)
         if not self.moved:
-            (log_prob,), (ratio,) = self._told["log_prob"][known:], self._told["ratio"][known:]
-            self.note(first=ratio, replay=(log_prob - trajectory.log_prob[sample, slot]).abs())
+            (log_prob,), (first,) = self._told["log_prob"][known:], self._told["ratio"][known:]
+            self.note(first=first, replay=(log_prob - trajectory.log_prob[sample, slot]).abs())
         return loss
+
+    def note_ratio(self, log_prob: Tensor, old_log_prob: Tensor) -> None:
+        """Notes what the policy's move did to (N,) ratios."""
+        taken, clip_range = log_prob.detach(), self.algorithm.config.algorithm.clip_range
+        self.note(
+            ratio=ratio(taken, old_log_prob),
+            approx_kl=approx_kl(taken, old_log_prob),
+            clipped=is_clipped(taken, old_log_prob, clip_range).float(),
+        )
 
     def before_step(self, index: int) -> None:
         """Before the first step: checks that training replays the rollout; recomputes where rounding would mislead.
@@ -188,10 +198,9 @@ class PolicyGradientLearning(Learning):
     @torch.no_grad()
     def _recompute(self, parts: list[Part]) -> Tensor:
         log_prob, size = self.trajectory.log_prob.clone(), self.algorithm.config.update.micro_batch_size
-        assert self.advantage is not None
         for part in parts:
             for sample, slot in part.micro_batches(size, self.bucket):
-                pairs = gather(self.trajectory, self.advantage, sample, slot, None)
+                pairs = gather(self.trajectory, self._advantage, sample, slot, None)
                 log_prob[sample, slot] = self.algorithm.log_prob(self.policy, pairs)
         return log_prob
 

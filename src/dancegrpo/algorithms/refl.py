@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dancegrpo.algorithms.base import Learning, Stateless, Workload
+from dancegrpo.algorithms.baseline import weighted_sum
 from dancegrpo.algorithms.work import deal, work_list
 from dancegrpo.config import RunConfig
 from dancegrpo.errors import ConfigError
@@ -47,7 +48,7 @@ class ReFL(Stateless):
             named = ", ".join(f"{name} ({config.rewards[name].judge})" for name in blunt)
             raise ConfigError(
                 f"algorithm.name=refl differentiates its judges, and no gradient flows from {named}: use clip, hps, "
-                "pickscore, imagereward or aesthetic without a threshold, or another algorithm"
+                "pickscore, imagereward, aesthetic or (for clips) videoalign without a threshold, or another algorithm"
             )
 
     def workload(self, policy: Policy) -> Workload:
@@ -99,10 +100,11 @@ class ReFLLearning(Learning):
         x0 = policy.dynamics.x0(x_t, policy.predict(x_t, step, condition), step)
         media, prompts = policy.decode(x0, condition), [self.prompts[g] for g in batch.group[here].tolist()]
         told = judges.score(media, prompts)
-        valid = torch.stack([told[name].valid for name in judges.trained]).all(dim=0)
-        total = torch.stack([judges.weights[name] * told[name].values for name in judges.trained]).sum(dim=0)
+        total, valid = weighted_sum(told, judges.weights)
         # where on both sides: NaN times a gradient of 0 is NaN.
         total = torch.where(valid, torch.where(valid, total, 0.0), math.inf)
+        # A batch on which a judge failed has no graph: this one, of slope 0, keeps the backward pass whole.
+        total = total + 0.0 * x0.flatten(1).sum(1)
         with torch.no_grad():
             told |= self.algorithm.watching.score(media.detach(), prompts)
         self._asked.append((sample, {name: _detached(scores) for name, scores in told.items()}))

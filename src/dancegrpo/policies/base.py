@@ -110,6 +110,17 @@ class Policy(ABC):
     def predict(self, x_t: Tensor, step: Tensor, condition: Condition) -> Tensor:
         """x_t (B, *S) float32, step (B,) int64 in [0, T), B conditions -> velocity or noise, (B, *S) float32."""
 
+    def predict_unguided(self, x_t: Tensor, step: Tensor, condition: Condition) -> Tensor:
+        """`predict` of the conditional branch alone: what losses on the forward process train (arXiv:2207.12598).
+
+        Raises NotImplementedError for a guided policy that cannot leave its guidance out.
+        """
+        if self.guided:
+            raise NotImplementedError(
+                f"{type(self).__name__} combines two branches in predict: write predict_unguided."
+            )
+        return self.predict(x_t, step, condition)
+
     @abstractmethod
     def decode(self, latents: Tensor, condition: Condition) -> Tensor:
         """latents (B, *S) and their B conditions -> media (B, F, 3, H, W) float32 in [0, 1].

@@ -21,6 +21,7 @@ from dancegrpo.files import write_atomically
 from dancegrpo.noise import key
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.policies.export import ModelCard, Task, Usage, card_text
+from dancegrpo.policies.guidance import NEGATIVE
 from dancegrpo.policies.offload import lent
 from dancegrpo.prompts import Prompt
 from dancegrpo.sde import Dynamics
@@ -169,6 +170,18 @@ class PipelinePolicy(Policy):
     @abstractmethod
     def _usage(self) -> Usage:
         """How diffusers alone samples as this policy does."""
+
+    def predict_unguided(self, x_t: Tensor, step: Tensor, condition: Condition) -> Tensor:
+        """See `Policy.predict_unguided`."""
+        if not self.guided:
+            return self.predict(x_t, step, condition)
+        own = {name: tensor for name, tensor in condition.tensors.items() if not name.startswith(NEGATIVE)}
+        scale = "true_cfg_scale" if "true_cfg_scale" in self.settings else "guidance_scale"
+        held, self.model = self.model, self.model.model_copy(update={scale: 1.0})
+        try:
+            return self.predict(x_t, step, Condition(own))
+        finally:
+            self.model = held
 
     def _networks(self) -> dict[str, torch.nn.Module]:
         return {name: part for name, part in self.pipeline.components.items() if isinstance(part, torch.nn.Module)}

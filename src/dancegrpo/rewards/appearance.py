@@ -24,7 +24,6 @@ class AppearanceReward:
     name = "appearance"
     differentiable = False
     batch_size: int | None = 64
-    device = torch.device("cpu")
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Measure B samples on the device they are on."""

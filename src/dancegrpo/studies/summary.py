@@ -186,7 +186,9 @@ class Evidence:
             if metric is None or not any(xs for xs, _ in lines.values()):
                 continue
             label = self.study.conditions[place].label if place else metric
-            charts.append(_chart(label, f"{metric} in training", {name: line for name, line in lines.items() if line[0]}))
+            charts.append(
+                _chart(label, f"{metric} in training", {name: line for name, line in lines.items() if line[0]})
+            )
         return charts
 
     def _held_out_chart(self, place: str | None) -> list[Chart]:
