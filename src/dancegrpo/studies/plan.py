@@ -131,8 +131,9 @@ class Plan:
         try:
             config = load_config(recipe, settings)
             if candidate is not None:
-                half = [f"iterations={max(1, config.iterations // 2)}", f"evaluation.seed={TUNING_EVALUATION_SEED}"]
-                config = load_config(recipe, [*settings, *half])
+                length = max(1, int(config.iterations * study.tuning_length))
+                tried = [f"iterations={length}", f"evaluation.seed={TUNING_EVALUATION_SEED}"]
+                config = load_config(recipe, [*settings, *tried])
         except ConfigError as error:
             at = f" ({condition})" if condition else ""
             raise ConfigError(f"study {study.name}, arm {arm}{at}: {error}") from error

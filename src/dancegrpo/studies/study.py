@@ -14,7 +14,7 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from dancegrpo.errors import ConfigError
 from dancegrpo.recipes.messages import explain
-from dancegrpo.settings import Frozen, PositiveFloat
+from dancegrpo.settings import Fraction, Frozen, PositiveFloat
 
 FOLDER = Path(__file__).parent
 """The shipped studies."""
@@ -99,6 +99,8 @@ class Study(Frozen):
     """The column that ranks the arms, and the candidates of tuning."""
     neutral: tuple[str, ...] = ()
     """Columns of which neither more nor less is better."""
+    tuning_length: Fraction = 0.5
+    """Share of an arm's iterations that each candidate of tuning gets."""
     curve: str | None = None
     """The training metric that is drawn; None = the mean reward of the first judge trained on."""
     conditions: dict[Name, Condition] = Field(default_factory=dict)
