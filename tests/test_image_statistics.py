@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dancegrpo.errors import RewardError
-from dancegrpo.image_statistics import STATISTICS, color_entropy, edge_density, high_frequency, saturation
+from dancegrpo.image_statistics import STATISTICS, color_entropy, edge_density, grid, high_frequency, saturation
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import load_reward
 from dancegrpo.rewards.appearance import AppearanceReward
@@ -120,6 +120,72 @@ def test_colour_entropy_of_noise_is_that_of_its_histogram():
     counts = np.histogramdd(picture[0, 0].flatten(1).T.numpy(), bins=8, range=[(0, 1)] * 3)[0].ravel()
     share = counts[counts > 0] / counts.sum()
     assert color_entropy(picture).item() == pytest.approx(-(share * np.log2(share)).sum(), abs=1e-5)
+
+
+def grey(luma: torch.Tensor) -> torch.Tensor:
+    """(H, W) -> (1, 1, 3, H, W)."""
+    return luma.expand(1, 1, 3, *luma.shape)
+
+
+def lattice(size: int, period: float, amplitude: float = 0.2) -> torch.Tensor:
+    """(H, W): two crossing waves around 0.5."""
+    wave = torch.cos(2 * math.pi * torch.arange(size) / period)
+    return 0.5 + amplitude * (wave[:, None] + wave)
+
+
+def natural(size: int, exponent: float = 1.0, seed: int = 0) -> torch.Tensor:
+    """(H, W): noise whose amplitude falls with frequency to the power of `exponent`, mean 0.5, spread 0.15."""
+    white = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
+    frequency = torch.fft.fftfreq(size)
+    radius = torch.hypot(frequency[:, None], frequency).clamp(min=1 / size)
+    texture = torch.fft.ifft2(torch.fft.fft2(white) / radius**exponent).real
+    return (0.5 + 0.15 * (texture - texture.mean()) / texture.std()).clamp(0, 1)
+
+
+@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize("period", [2, 3, 5.3, 8])
+def test_a_lattice_is_all_grid(size, period):
+    assert grid(grey(lattice(size, period))).item() == pytest.approx(1.0, abs=2e-3)
+
+
+def test_a_tiled_motif_is_all_grid_with_its_harmonics():
+    motif = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    assert grid(grey(motif.repeat(16, 16))).item() == pytest.approx(1.0, abs=2e-3)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_natural_textures_have_no_grid(exponent, seed):
+    assert grid(grey(natural(64, exponent, seed))).item() < 0.01
+
+
+@pytest.mark.parametrize("angle", [0, 10, 22.5, 45, 70])
+def test_a_single_edge_of_any_direction_is_no_grid(angle):
+    t, turn = torch.arange(64) - 31.5, math.radians(angle)
+    side = math.cos(turn) * t + math.sin(turn) * t[:, None]
+    assert grid(grey((side / 2).sigmoid())).item() < 0.01
+
+
+def test_a_lattice_shows_on_a_natural_picture_by_its_share_of_the_texture():
+    picture, waves = natural(128), lattice(128, 4, 0.08) - 0.5
+    found = grid(grey((picture + waves).clamp(0, 1))).item()
+    assert 0.3 < found < 0.7
+    assert grid(grey((picture + waves / 4).clamp(0, 1))).item() < found / 4
+
+
+def test_the_grid_has_nothing_of_brightness_and_contrast():
+    picture = (natural(64) + lattice(64, 4, 0.05) - 0.5).clamp(0.1, 0.9)
+    assert grid(grey(0.2 + 0.5 * picture)).item() == pytest.approx(grid(grey(picture)).item(), abs=1e-4)
+
+
+def test_fewer_than_eight_repeats_are_no_lattice():
+    assert grid(grey(lattice(64, 64 / 4))).item() == 0.0
+    assert grid(checkerboard(1)[..., :12, :12]).item() == 0.0
+
+
+def test_rounding_to_bytes_is_no_lattice():
+    ramp = torch.linspace(0.2, 0.8, 64).expand(64, 64)
+    assert grid(grey((ramp * 255).round() / 255)).item() == 0.0
 
 
 @pytest.mark.parametrize("name", STATISTICS)

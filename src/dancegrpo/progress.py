@@ -160,6 +160,10 @@ def health(metrics: Metrics) -> dict[str, str]:
         found["groups without signal"] = f"{flat:g}/{total:g}" if total is not None else f"{flat:g}"
     if skipped := metrics.get("train/skipped_updates"):
         found["skipped updates"] = f"{skipped:g}"
+    if alarms := metrics.get("health/alarms"):
+        found["alarms"] = f"{alarms:g}"
+    if rollbacks := metrics.get("health/rollbacks"):
+        found["rollbacks"] = f"{rollbacks:g}"
     return found
 
 

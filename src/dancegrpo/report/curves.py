@@ -241,7 +241,7 @@ def health_charts(run: RunFolder) -> list[Chart]:
         unit="percent",
         from_zero=True,
     )
-    return charts + _numerics_charts(curves)
+    return charts + _numerics_charts(curves) + _image_charts(curves)
 
 
 def _numerics_charts(curves: Curves) -> list[Chart]:
@@ -272,6 +272,43 @@ def _numerics_charts(curves: Curves) -> list[Chart]:
             unit="percent",
             from_zero=True,
         )
+    return charts
+
+
+LOOKS = {
+    "saturation": ("Saturation", "Mean chroma of the rollout's pictures: 0 is grey."),
+    "edge_density": ("Edges", "Share of pixels on an edge."),
+    "high_frequency": ("Fine texture", "Share of the brightness's energy above half the finest frequency."),
+    "color_entropy": ("Colours", "Entropy of the colours, in bits: 0 is a single one."),
+    "grid": (
+        "Lattice patterns",
+        "Share of the texture's energy in isolated peaks of the spectrum: 0 without a lattice.",
+    ),
+}
+"""Image statistics: title and meaning."""
+
+
+def _image_charts(curves: Curves) -> list[Chart]:
+    """What the rollout's pictures look like; the band is one standard deviation of the samples."""
+    charts = []
+    for name, (title, about) in LOOKS.items():
+        mean, std = curves.values(f"image/{name}"), curves.values(f"image/{name}/std")
+        if not has_values(mean):
+            continue
+        pairs = list(zip(mean, std, strict=True))
+        low = [max(0.0, m - s) if m is not None and s is not None else None for m, s in pairs]
+        high = [m + s if m is not None and s is not None else None for m, s in pairs]
+        about = f"{about} The band is one standard deviation of the samples."
+        charts.append(Chart(title, about, curves.x, [Series(title.lower(), mean, low, high)], from_zero=True))
+    charts += curves.line(
+        "Diversity within groups",
+        "How far one prompt's pictures lie apart, compared at 8x8 pixels: 0 where all are the same.",
+        {"diversity": "image/diversity"},
+        from_zero=True,
+    )
+    if any(curves.values("image/blank")):
+        about = "Share of the rollout's pictures that are of one colour, or not finite."
+        charts += curves.line("Blank pictures", about, {"blank": "image/blank"}, unit="percent", from_zero=True)
     return charts
 
 

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
+from dancegrpo.health import alarms_of
 from dancegrpo.report.curves import show
 from dancegrpo.report.folder import RunFolder
 from dancegrpo.report.heldout import HeldOut, change, column_title
@@ -13,6 +14,11 @@ from dancegrpo.statistics import is_pass_column
 
 FLOAT32_REPLAY = 1e-5
 """Rounding alone stays below 1e-6 in float32; ten times that is another computation."""
+MOST_ALARMS = 8
+"""Alarms of the iterations that are told one by one; the first ones tell most."""
+
+TOLD = {"Replay is off": "clip-range", "Updates skipped": "spike"}
+"""Findings of the whole run that say what an alarm of one iteration says."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,35 @@ def findings(run: RunFolder, held_out: HeldOut | None) -> list[Finding]:
         *_hacking(run, held_out),
         *_files(run),
     ]
+    told = {TOLD[finding.title] for finding in found if finding.level == "alarm" and finding.title in TOLD}
+    found = [*_alarms(run, told), *found]
     return sorted(found, key=lambda finding: ("alarm", "note", "ok").index(finding.level))
 
 
 def _column(run: RunFolder, key: str) -> list[float]:
     return [value for record in run.metrics if (value := record.get(key)) is not None]
+
+
+def _alarms(run: RunFolder, told: set[str]) -> list[Finding]:
+    """What the monitor said, or would have said, while the run went on; and what was done about it.
+
+    told: alarms of which the whole run's numbers have spoken.
+    """
+    if run.setting("health.watch") == "off":
+        return []
+    alarms = [alarm for alarm in alarms_of(run.config, run.metrics) if alarm.name not in told]
+    found = [
+        Finding("alarm", f"{alarm.name.capitalize()} at iteration {alarm.iteration}", alarm.explanation)
+        for alarm in alarms[:MOST_ALARMS]
+    ]
+    if len(alarms) > MOST_ALARMS:
+        names = ", ".join(dict.fromkeys(alarm.name for alarm in alarms[MOST_ALARMS:]))
+        found.append(Finding("alarm", f"{len(alarms) - MOST_ALARMS} more alarms", f"Of these kinds: {names}."))
+    if run.metrics and (times := run.metrics[-1].get("health/rollbacks")):
+        rate = run.metrics[-1].get("health/rate")
+        text = f"{times:g} times, and went on with {show(rate)} of the learning rate that was asked for."
+        found.append(Finding("note", "The run went back to an earlier state", text))
+    return found
 
 
 def _ratio(run: RunFolder) -> list[Finding]:
