@@ -15,9 +15,10 @@ import pytest
 import yaml
 
 from dancegrpo.errors import CheckpointError
-from dancegrpo.report.compare import Compared, as_json, as_table, compare_runs
+from dancegrpo.report.compare import Compared, as_json, as_table, compare_runs, difference
 from dancegrpo.report.curves import MISSING
 from dancegrpo.report.standings import Cell
+from dancegrpo.statistics import PairedGain
 from fake_run import TASKS, FakeRun
 from test_report import Page, edit_metrics
 
@@ -116,6 +117,58 @@ def test_each_task_of_a_pass_column_has_its_own_difference(tmp_path: Path) -> No
         assert found.gain is not None
         assert found.gain.gain == pytest.approx((b - a)[number::6].mean(), abs=1e-12)
         assert found.mean == pytest.approx(b[number::6].mean(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("gain", "low", "high", "told"),
+    [
+        (0.0419, 0.02483, 0.059712, ("+0.0419", "+0.0248 to +0.0597")),
+        (1.2e-5, -0.01, 0.01002, ("+0.0000", "-0.0100 to +0.0100")),
+        (12.34, 11.99, 12.7, ("+12.3", "+12.0 to +12.7")),
+        (0.0, 0.0, 0.0, ("+0", "+0 to +0")),
+    ],
+)
+def test_an_interval_has_the_digits_of_its_difference(
+    gain: float, low: float, high: float, told: tuple[str, str]
+) -> None:
+    assert difference("hps", PairedGain(1.0, 1.0 + gain, gain, low, high, 60)) == told
+
+
+def test_looks_are_neither_good_nor_bad(tmp_path: Path) -> None:
+    a, b = PLAIN.write(tmp_path), OTHER.write(tmp_path)
+    _, page = compared(tmp_path, a, b)
+    coloured = [attributes.get("class") for tag, attributes in page.tags if tag == "b"].count("up")
+    for folder in (a, b):
+        edit_config(folder, "rewards.shapes.judge", "appearance")
+    result, page = compared(tmp_path, a, b)
+    assert {row.column for row in result.standings[-1].rows if row.neutral} == {"shapes", "shapes/pass"}
+    assert coloured > 0
+    assert not {"up", "down"} & {attributes.get("class") for tag, attributes in page.tags if tag == "b"}
+
+
+def test_a_score_that_is_one_of_its_judges_columns_is_shown_once(tmp_path: Path) -> None:
+    a, b = PLAIN.write(tmp_path), OTHER.write(tmp_path)
+
+    def graded_by_pass(record: dict[str, Any]) -> None:
+        record["columns"]["shapes"] = record["columns"]["shapes/pass"]
+
+    for file in (a / "evaluations").iterdir():
+        edit_json(file, graded_by_pass)
+    columns = {row.column for row in compared(tmp_path, a, b)[0].standings[-1].rows}
+    assert columns == {"shapes", "shapes/pass", "hps"}  # in the other run they differ
+    for file in (b / "evaluations").iterdir():
+        edit_json(file, graded_by_pass)
+    result, page = compared(tmp_path, a, b)
+    assert {row.column for row in result.standings[-1].rows} == {"shapes/pass", "hps"}
+    assert page.has("Held out: shapes/pass")
+    assert "Held out: shapes" not in page.text.replace("Held out: shapes/pass", "")
+
+
+def test_the_page_says_what_the_intervals_do_not_know(tmp_path: Path) -> None:
+    _, page = compared(tmp_path, PLAIN.write(tmp_path), OTHER.write(tmp_path))
+    assert page.has("know nothing of what other training seeds would have given", "about 1 in 20 is coloured by chance")
+    assert page.has("Name")
+    assert not page.has("Recipe")
 
 
 def test_equal_runs_differ_by_nothing(tmp_path: Path) -> None:
@@ -343,7 +396,7 @@ def test_the_terminal_and_json_say_what_the_page_says(tmp_path: Path) -> None:
     assert row["runs"]["other-seed0"]["gain"] == gain.gain
     assert "gain" not in row["runs"]["plain-seed0"]
     assert [run["samples"] for run in told["runs"]] == [2880, 2880]
-    assert told["settings"] == {"name": {"plain-seed0": "plain", "other-seed0": "other"}}
+    assert told["settings"] == {}  # names tell runs apart and are in the table of runs
     table = as_table(result)
     assert f"({100 * gain.gain:+.1f} points, {100 * gain.low:+.1f} to {100 * gain.high:+.1f}, n = 60)" in table
     assert table.splitlines()[-1] == f"page: {tmp_path / 'compare.html'}"

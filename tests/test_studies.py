@@ -15,6 +15,8 @@ from dancegrpo import cli
 from dancegrpo.config import load_config
 from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.studies import Study, load_study, reproduce, study_names
+from dancegrpo.studies.checks import diverged
+from dancegrpo.studies.pace import Pace
 from dancegrpo.studies.plan import TUNING_SEED, Plan, config_key
 from dancegrpo.studies.results import read_results
 from stub_runner import StubRunner
@@ -165,6 +167,39 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path):
     assert again.titles == ["tiny a seed 0"]
 
 
+def test_a_finished_run_counts_whatever_its_exit_code(tmp_path):
+    class Complains(StubRunner):
+        def __call__(self, job, folder, log, threads):
+            return super().__call__(job, folder, log, threads) or 1
+
+    outcome, _ = run(study(), tmp_path, Complains(flat), seeds=1)
+    assert outcome.exit_code == 0
+    assert len(read_results(tmp_path, study())) == 2
+
+
+def test_each_run_has_the_commit_it_started_with(tmp_path, monkeypatch):
+    told = iter(["c1", "c2"])
+    monkeypatch.setattr(sys.modules["dancegrpo.studies.reproduce"], "commit", lambda: next(told))
+    run(study(), tmp_path, StubRunner(flat), seeds=1)
+    assert {file: result.commit for file, result in read_results(tmp_path, study()).items()} == {
+        "tiny/a.seed0.json": "c1",
+        "tiny/b.seed0.json": "c2",
+    }
+
+
+def test_the_time_left_has_a_part_for_the_start():
+    pace = Pace()
+    assert pace.seconds("a", 10) == 0
+    pace.add("a", 10, 50.0)
+    assert pace.seconds("a", 20) == pytest.approx(100)
+    assert pace.seconds("b", 20) == pytest.approx(100)
+    pace.add("a", 20, 80.0)  # 20 s + 3 s an iteration
+    assert pace.seconds("a", 40) == pytest.approx(140)
+    pace.add("b", 10, 50.0)
+    pace.add("b", 20, 120.0)  # a straight line would start below 0
+    assert pace.seconds("b", 30) == pytest.approx(30 * 170 / 30)
+
+
 def test_progress_counts_runs(tmp_path):
     _, said = run(study(), tmp_path, StubRunner(flat))
     assert said[0].startswith("0 of 4 runs done")
@@ -211,6 +246,34 @@ def test_a_candidate_without_a_score_counts_as_worst(tmp_path, kind):
     again = StubRunner(score)
     run(tuned(), tmp_path, again, seeds=1)
     assert again.titles == []
+
+
+def test_a_candidate_that_failed_by_accident_is_tried_again_once_per_call(tmp_path):
+    title = f"tiny a tuning {RATE}=0.004"
+    for attempt in range(2):
+        runner = StubRunner(by_rate(0.004))
+        runner.fails = {title: "OSError: no space left on device"}
+        assert run(tuned(), tmp_path, runner, seeds=1)[0].exit_code == 0
+        assert runner.titles.count(title) == 1, attempt
+        assert read_results(tmp_path, tuned())["tiny/a.seed0.json"].tuned == {RATE: 0.002}
+    mended = StubRunner(by_rate(0.004))
+    run(tuned(), tmp_path, mended, seeds=1)
+    assert mended.titles == [title, "tiny a seed 0"]
+    assert read_results(tmp_path, tuned())["tiny/a.seed0.json"].tuned == {RATE: 0.004}
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        ("loss is not finite", True),
+        ("ValueError: non-finite gradient", True),
+        ("samples are NaN", True),
+        ("the judge fell asleep", False),
+        ("no information on nanometres", False),
+    ],
+)
+def test_divergence_is_told_from_accidents(error, final):
+    assert diverged(error) is final
 
 
 def test_an_arm_without_any_scored_candidate_fails_alone(tmp_path):
@@ -282,7 +345,7 @@ BAD = {
         {"claims": [{"text": "x", "column": "shapes", "higher": "c", "lower": "b"}]},
         "claims names 'c'",
     ),
-    "half a claim": ({"claims": [{"text": "x", "column": "shapes", "higher": "a"}]}, "higher and lower, or near"),
+    "half a claim": ({"claims": [{"text": "x", "column": "shapes", "higher": "a"}]}, "higher and lower, or as_good"),
     "main": ({"main": "hps"}, "main names 'hps'"),
     "only a base": ({"arms": {"base": {"label": "B", "base": True}}}, "give one that is trained"),
     "unknown field": ({"colums": {}}, "colums"),
@@ -307,6 +370,29 @@ def test_settings_that_do_not_fit_name_the_arm(tmp_path):
         run(study(arms=arms), tmp_path, StubRunner(flat))
 
 
+UNMEASURED = {
+    "judge": (
+        {"settings": ["rewards.x={judge: hpss}"]},
+        "arm a: judge 'hpss' of rewards.x is unknown (did you mean 'hps'?)",
+    ),
+    "path": ({"settings": ["rewards.x={judge: 'no_such:f'}"]}, "judge 'no_such:f' of rewards.x cannot be imported"),
+    "column": ({"columns": {"shapes": "s", "hps/pass": "h"}}, "columns names 'hps/pass', but no judge is called hps"),
+    "curve": ({"curve": "reward/hps/mean"}, "curve is 'reward/hps/mean', but no judge is called hps"),
+}
+
+
+@pytest.mark.parametrize("mistake", UNMEASURED)
+def test_what_could_never_be_measured_is_refused_before_anything_runs(tmp_path, mistake):
+    changes, told = UNMEASURED[mistake]
+    runner = StubRunner(flat)
+    with pytest.raises(ConfigError) as error:
+        run(study(**changes), tmp_path, runner)
+    assert told in str(error.value)
+    assert str(error.value).startswith("study tiny, arm a: ")
+    assert "\n" not in str(error.value)
+    assert runner.titles == []
+
+
 def command(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["dancegrpo", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
@@ -319,6 +405,9 @@ def command(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
     ("words", "told"),
     [
         (["tabel2"], "unknown study 'tabel2': the nearest is table2"),
+        (["absent.yaml"], "study absent.yaml: no such file"),
+        (["table2", "--markdown"], "holds no results of study table2: run it first"),
+        (["all", "--markdown"], "holds no results of study table2: run it first"),
         (["table2", "--seeds", 0], "--seeds 0: use 1 to 1000"),
         (["table2", "--workers", 0], "--workers 0: use 1 or more"),
     ],
@@ -341,6 +430,8 @@ def test_one_real_run_from_the_command_line(monkeypatch, capsys, tmp_path):
     code, out, err = command(monkeypatch, capsys, *words)
     assert code == 0, err
     assert Path(json.loads(out)["pages"][0]) == tmp_path / "out" / "tiny.html"
+    page = (tmp_path / "out" / "tiny.html").read_text(encoding="utf-8")
+    assert f"dancegrpo reproduce {file} --seeds 1 --results {tmp_path / 'out'}" in page
     result = read_results(tmp_path / "out", real)["tiny/a.seed0.json"]
     run_dir = tmp_path / "out" / "runs" / result.key
     record = json.loads((run_dir / "evaluations" / "000001.json").read_text())

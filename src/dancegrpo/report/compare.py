@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from dancegrpo.files import write_text
 from dancegrpo.report import cost_facts, render_page
 from dancegrpo.report.curves import MISSING, Chart, has_values
 from dancegrpo.report.folder import RunFolder, read_run
-from dancegrpo.report.heldout import change, interval, level, moment
+from dancegrpo.report.heldout import level, moment
 from dancegrpo.report.overlay import COST, HEALTH, Axis, Metrics, Track, held_out_charts, metric_chart, reward_charts
 from dancegrpo.report.pictures import Pair, Picture, newest_samples, side_by_side
 from dancegrpo.report.standings import Cell, Standing, keys, match, standings
+from dancegrpo.statistics import PairedGain, is_pass_column
 
 LONGEST = 60
 """Characters of a setting's value that the table shows; the whole of it is in the cell's title."""
@@ -142,14 +144,17 @@ def rewards_of(run: RunFolder) -> set[str]:
 
 
 def setting_rows(runs: Sequence[RunFolder], labels: Sequence[str]) -> tuple[list[SettingRow], list[str]]:
-    """The settings that differ between any two runs, in the recipe's order; and why there are none to show."""
+    """The settings that differ between any two runs, in the recipe's order; and why there are none to show.
+
+    The runs' names are no setting of what is computed, and stand in the table of runs.
+    """
     configs = []
     for run, label in zip(runs, labels, strict=True):
         try:
             configs.append(load_config(run.path / "config.yaml"))
         except ConfigError as error:
             return [], [f"The settings are not compared: those of {label} cannot be read ({error})"]
-    found = dict.fromkeys(key for other in configs[1:] for key in diff_configs(configs[0], other))
+    found = dict.fromkeys(key for other in configs[1:] for key in diff_configs(configs[0], other) if key != "name")
     # A group that only some runs have (a judge, `model.lora`) stands for the settings in it.
     outermost = [key for key in found if not any(key.startswith(f"{group}.") for group in found)]
     dumped = [config.model_dump(mode="json") for config in configs]
@@ -245,6 +250,7 @@ def render(compared: Compared, lineup: Lineup | None) -> str:
         sections=sections,
         notes=compared.notes,
         level=level,
+        difference=difference,
     )
 
 
@@ -254,7 +260,7 @@ def run_facts(track: Track) -> dict[str, str]:
     planned = run.setting("iterations")
     return {
         "folder": str(run.path),
-        "recipe": str(run.setting("name", MISSING)),
+        "name": str(run.setting("name", MISSING)),
         "iterations": f"{run.iterations_done:,}" + (f" of {planned:,}" if isinstance(planned, int) else ""),
         "samples": cost.get("Samples", MISSING),
         "wall time": cost.get("Wall time", MISSING),
@@ -302,7 +308,18 @@ def _told(column: str, cell: Cell) -> str:
     gain = cell.gain
     if gain is None:
         return level(column, cell.mean)
-    return f"{level(column, cell.mean)} ({change(column, gain.gain)}, {interval(column, gain)}, n = {gain.n})"
+    amount, span = difference(column, gain)
+    return f"{level(column, cell.mean)} ({amount}, {span}, n = {gain.n})"
+
+
+def difference(column: str, gain: PairedGain) -> tuple[str, str]:
+    """A difference and its interval, to the same digits: three of the larger of the difference and the half width."""
+    if is_pass_column(column):
+        return f"{100 * gain.gain:+.1f} points", f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
+    size = max(abs(gain.gain), (gain.high - gain.low) / 2)
+    places = max(0, 2 - math.floor(math.log10(size))) if size else 0
+    amount, low, high = (f"{value:+.{places}f}" for value in (gain.gain, gain.low, gain.high))
+    return amount, f"{low} to {high}"
 
 
 def as_json(compared: Compared) -> dict[str, Any]:

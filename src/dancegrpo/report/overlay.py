@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dancegrpo.report.curves import Chart, Curves, Series, Values, has_values
 from dancegrpo.report.folder import Record, RunFolder
+from dancegrpo.report.standings import repeated
 from dancegrpo.statistics import is_pass_column, summarize
 
 Axis = Literal["iterations", "samples"]
@@ -144,8 +145,9 @@ def held_out_charts(tracks: Sequence[Track], axis: Axis) -> list[Chart]:
     if max((len(track.evaluations) for track in tracks), default=0) < 2:
         return []
     summaries = [[summarize(evaluation) for evaluation in track.evaluations] for track in tracks]
-    charts = []
-    for column in dict.fromkeys(name for run in summaries for summary in run for name in summary.means):
+    charts, twice = [], repeated([evaluation for track in tracks for evaluation in track.evaluations])
+    names = dict.fromkeys(name for run in summaries for summary in run for name in summary.means if name not in twice)
+    for column in names:
         lines = []
         for track, run in zip(tracks, summaries, strict=True):
             placed = [(x, s) for s in run if (x := track.after(s.iteration, axis)) is not None]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dancegrpo.report.folder import Record, RunFolder
@@ -12,6 +12,8 @@ from dancegrpo.statistics import Comparison, PairedGain, Summary, compare, is_pa
 Key = tuple[int, str]
 SPEED_ONLY = ("batch_size", "device")
 """Options of a judge that leave its scores as they are."""
+NEUTRAL = ("appearance",)
+"""Judges of which neither more nor less is better."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One column, or one task of a pass column: a cell for each run, None where it has no such column."""
+    """One column, or one task of a pass column: a cell for each run, None where it has no such column.
+
+    neutral: whether neither more nor less of it is better.
+    """
 
     column: str
     task: str | None
     cells: list[Cell | None]
+    neutral: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,29 @@ def _standing(
                 if number and not is_pass_column(column)
             ]
     iterations = [record["iteration"] if record else None for record in picked]
-    return Standing(title, iterations, _rows(summaries, pairs))
+    twice = repeated([record for record in picked if record])
+    found = {name for run in runs for name in run.judges() if is_neutral(run, name)}
+    rows = [row for row in _rows(summaries, pairs) if row.column not in twice]
+    return Standing(title, iterations, [replace(row, neutral=row.column.split("/")[0] in found) for row in rows])
+
+
+def is_neutral(run: RunFolder, judge: str) -> bool:
+    """Whether a run's judge says how pictures look, and not how good they are."""
+    return ((run.config.get("rewards") or {}).get(judge) or {}).get("judge") in NEUTRAL
+
+
+def repeated(evaluations: Sequence[Record]) -> set[str]:
+    """Judges whose score is, in all these evaluations, one of the columns that they report beside it.
+
+    As `shapes` and `shapes/pass` where the rules' verdict is the score, or `appearance` and `appearance/saturation`.
+    """
+    known = [record["columns"] for record in evaluations]
+    judges = {column for columns in known for column in columns if "/" not in column}
+    return {judge for judge in judges if all(_extra_of(judge, columns) for columns in known if judge in columns)}
+
+
+def _extra_of(judge: str, columns: Mapping[str, Any]) -> bool:
+    return any(name.startswith(f"{judge}/") and values == columns[judge] for name, values in columns.items())
 
 
 def _rows(summaries: Sequence[Summary | None], pairs: Sequence[Comparison | None]) -> list[Row]:

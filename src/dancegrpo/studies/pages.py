@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dancegrpo.errors import CheckpointError, DanceError
 from dancegrpo.files import write_text
 from dancegrpo.progress import duration
 from dancegrpo.report import script_json
@@ -21,8 +23,10 @@ from dancegrpo.studies.plan import TUNING_SEED
 from dancegrpo.studies.results import Result
 from dancegrpo.studies.rows import shown_prompts
 from dancegrpo.studies.study import Study, load_study, study_names
-from dancegrpo.studies.summary import Evidence, Verdict, cell_text, level
+from dancegrpo.studies.summary import Evidence, Verdict, cell_note, cell_text, change_text, level
 
+DEFAULT_OUT = Path("reproduce")
+"""Folder of runs and results where the command names none."""
 PICTURE_HEIGHT, ROW_WIDTH = 96, 860
 """Pixels up to which small pictures are enlarged, and the width of a row up to which they are."""
 
@@ -86,13 +90,16 @@ def render(study: Study, results: Path, seeds: int = 3) -> str:
             verdicts=verdicts,
             counts=Counter(verdict.sign for verdict in verdicts),
             summary=summary_line(verdicts),
-            differ=[verdict for verdict in verdicts if verdict.sign != "holds"],
+            rankings={place: ranked for place in study.places if (ranked := evidence.ranking(place))},
+            against=[verdict for verdict in verdicts if verdict.sign == "does not hold"],
+            undecided=[verdict for verdict in verdicts if verdict.sign == "undecided"],
             charts=charts,
             strips=[strip for place in study.places if (strip := _strip(evidence, place))],
             costs={place: costs(evidence, place) for place in study.places},
             facts=facts(evidence),
-            command=f"dancegrpo reproduce {study.name} --seeds {max(seeds, len(evidence.seeds))}",
+            command=command_of(study, results, max(seeds, len(evidence.seeds))),
             tuning_seed=TUNING_SEED,
+            overlap=tuning_overlap(evidence),
             style=_report_asset("page.css") + _asset("study.css"),
             script=script,
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
@@ -101,12 +108,54 @@ def render(study: Study, results: Path, seeds: int = 3) -> str:
     )
 
 
+def command_of(study: Study, results: Path, seeds: int) -> str:
+    """The command line that makes the page in this folder of results."""
+    words = ["dancegrpo", "reproduce", study.source, "--seeds", str(seeds)]
+    return shlex.join(words if results == DEFAULT_OUT else [*words, "--results", str(results)])
+
+
+def tuning_overlap(evidence: Evidence) -> tuple[int, int] | None:
+    """How many of the prompts that tuning is scored on are among the study's own, and how many those are.
+
+    None where nothing was tuned, and where the prompts cannot be read.
+    """
+    study = evidence.study
+    arm = next((name for name, tried in evidence.tuning.items() if tried), None)
+    if arm is None:
+        return None
+    from dancegrpo.evaluate import held_out
+
+    try:
+        tried = evidence.plan.candidates(arm)[0]
+        configs = (tried.config, evidence.plan.job(arm, study.places[0], 0, dict(tried.candidate or {})).config)
+        tuned, studied = ({(prompt.id, prompt.text) for prompt in held_out(config)} for config in configs)
+    except DanceError:
+        return None
+    return len(tuned & studied), len(tuned)
+
+
+def ranking_line(evidence: Evidence) -> str:
+    """`GRPO 0.59 (+0.14), Base 0.45`, for each condition."""
+    main, study = evidence.study.main, evidence.study
+    lines = []
+    for place in study.places:
+        told = [
+            f"{study.arms[row.arm].label} {cell_text(main, row.cell)}"
+            + (f" ({change_text(main, row.gain, None)})" if row.gain is not None else "")
+            for row in evidence.ranking(place)
+        ]
+        if told:
+            lines.append((f"{study.conditions[place].label}: " if place else "") + ", ".join(told))
+    return "; ".join(lines)
+
+
 def write_index(results: Path) -> Path:
     """Writes RESULTS/index.html, which links the pages that are there, and returns its path."""
     known = [load_study(name) for name in study_names() if (results / f"{name}.html").is_file()]
     shown = {study.name: study for study in known}
     others = sorted(page.stem for page in results.glob("*.html") if page.stem not in {*shown, "index"})
-    lines = {name: summary_line(Evidence(study, results).verdicts()) for name, study in shown.items()}
+    found = {name: Evidence(study, results) for name, study in shown.items()}
+    lines = {name: [ranking_line(each), summary_line(each.verdicts())] for name, each in found.items()}
     page = (
         _environment()
         .get_template("index.html.j2")
@@ -129,15 +178,26 @@ def summary_line(verdicts: Sequence[Verdict]) -> str:
 def markdown_table(study: Study, results: Path) -> str:
     """The study's table in Markdown: mean ± standard deviation over seeds, the paper's own numbers beside ours.
 
-    One table for each condition. Raises CheckpointError where the folder holds what is no result.
+    One table for each condition. Raises CheckpointError where the folder holds no result of it, or what is none.
     """
     evidence = Evidence(study, results)
+    if not evidence.runs:
+        raise CheckpointError(
+            f"{results} holds no results of study {study.name}: run it first, or name their folder with --results"
+        )
     return "\n\n".join(_markdown(evidence, place) for place in study.places)
 
 
 def markdown_tables(studies: Sequence[Study], results: Path) -> str:
-    """The tables of several studies, each under its title."""
-    return "\n\n".join(f"**{_plain(study.title)}**\n\n{markdown_table(study, results)}" for study in studies)
+    """The tables of several studies, each under its title; of several, those without results say so.
+
+    Raises CheckpointError where none has any.
+    """
+    known = [study for study in studies if Evidence(study, results).runs]
+    if studies and not known:
+        markdown_table(studies[0], results)
+    tables = [markdown_table(study, results) if study in known else "No results yet." for study in studies]
+    return "\n\n".join(f"**{_plain(study.title)}**\n\n{told}" for study, told in zip(studies, tables, strict=True))
 
 
 def _markdown(evidence: Evidence, place: str | None) -> str:
@@ -151,7 +211,7 @@ def _markdown(evidence: Evidence, place: str | None) -> str:
         for column, cell in cells.items():
             text = cell_text(column, cell)
             published = told.get(arm, {}).get(column)
-            row += [MISSING if published is None else f"{published:g}"] if told else []
+            row += [MISSING if published is None else level(column, published)] if told else []
             row.append(f"**{text}**" if cell and cell.best else text)
         lines.append(f"| {_plain(study.arms[arm].label)} | {' | '.join(row)} |")
     return "\n".join(lines)
@@ -194,7 +254,7 @@ def facts(evidence: Evidence) -> list[tuple[str, str]]:
     runs = evidence.runs
     found = [
         ("Seeds", ", ".join(map(str, evidence.seeds))),
-        ("Code", _listed({run.commit or "no commit known" for run in runs})),
+        ("Code", "; ".join(evidence.commits)),
         ("Machine", _listed({_machine(run.machine) for run in runs})),
         *(
             (name, _listed({run.versions.get(name, "") for run in runs}))
@@ -267,7 +327,7 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(show=show, cell=cell_text, level=level)
+    environment.filters.update(show=show, cell=cell_text, note=cell_note, change=change_text, level=level)
     return environment
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +13,8 @@ from typing import Any
 from dancegrpo.errors import ConfigError, DanceError
 from dancegrpo.files import write_atomically, write_text
 from dancegrpo.progress import duration
+from dancegrpo.studies.checks import check_measured, diverged
+from dancegrpo.studies.pace import Pace
 from dancegrpo.studies.plan import TUNING_SEED, Job, Plan
 from dancegrpo.studies.results import Result, distill, failed, read_results, relabelled, write_result
 from dancegrpo.studies.rows import write_row
@@ -98,19 +99,18 @@ class Bench:
         self.running: set[str] = set()
         self.lost: set[str] = set()
         self.failures: list[str] = []
-        self.commit = commit()
-        self.pace: dict[str, list[float]] = {}
+        self.pace = Pace()
         for study in self.studies:
             self._try_all(study)
 
     def _try_all(self, study: Study) -> None:
-        """Resolves every arm once, so that settings that don't fit are refused before anything runs."""
+        """Resolves every arm once, so that settings and judges that don't fit are refused before anything runs."""
         plan = self.plans[study.name]
         for arm in study.trained:
             tried = plan.candidates(arm)
             first = dict(tried[0].candidate or {}) if tried else {}
             for place in study.places:
-                plan.job(arm, place, 0, first)
+                check_measured(study, plan.job(arm, place, 0, first))
 
     def choice(self, study: Study, arm: str) -> Mapping[str, Any] | None:
         """What tuning chose for an arm: {} where nothing is tuned, None while candidates are missing.
@@ -128,11 +128,16 @@ class Bench:
         return dict(max(ranked, key=lambda pair: pair[0])[1].candidate or {}) if ranked else {}
 
     def done(self, job: Job) -> Result | None:
-        """The job's result where it need not run (again). A candidate that failed stands: it counts as the worst."""
+        """The job's result where it need not run (again).
+
+        A candidate that diverged stands, and counts as the worst; one that failed otherwise is tried again by the next
+        call, and counts as the worst within this one.
+        """
         result = self.found[job.study].get(job.file)
-        if result is None or result.key != job.key or (result.error and job.candidate is None):
+        if result is None or result.key != job.key:
             return None
-        return result
+        stands = job.candidate is not None and (job.key in self.lost or diverged(result.error or ""))
+        return result if result.error is None or stands else None
 
     def jobs(self, study: Study) -> Iterator[Job]:
         """The study's runs in order, as far as tuning has settled them."""
@@ -228,16 +233,17 @@ class Bench:
         before = self._commit_of(job)
         begun = (self.out / "runs" / job.key / "config.yaml").is_file()
         commits = (before or "").split(", ") if begun and before else []
-        if self.commit and self.commit not in commits:
-            commits.append(self.commit)
+        now = commit()  # of each run as it starts: the code may change while a study is under way
+        if now and now not in commits:
+            commits.append(now)
         write_text(self.out / "logs" / f"{job.key}.commit", ", ".join(commits))
 
     def finish(self, ended: Ended, workers: int, *, stopping: bool) -> None:
         """Keeps what a run left, for every study that shares it, and tells how far things are."""
         job, folder = ended.job, ended.folder
         self.running.discard(job.key)
-        if ended.code == 0 and is_finished(folder):
-            self.pace.setdefault(job.recipe, []).append(ended.seconds / max(1, job.config.iterations))
+        if is_finished(folder):  # whatever the exit code: what it left is whole
+            self.pace.add(job.recipe, job.config.iterations, ended.seconds)
             self.settle()
             self.say(self._line(ended, workers))
             return
@@ -246,7 +252,7 @@ class Bench:
         error = ended.error or "it ended before its last iteration"
         self.lost.add(job.key)
         if ended.code >= 0:  # a process that was killed says nothing about its settings
-            result = failed(job, error, self.commit)
+            result = failed(job, error, self._commit_of(job))
             write_result(self.results, job, result)
             self.found[job.study][job.file] = result
         if job.candidate is not None and ended.code > 0:
@@ -266,14 +272,10 @@ class Bench:
         score = result.column(main) if result else None
         told = f", {main} {score:.4g}" if score is not None else ""
         done, left = self.progress()
-        seconds = sum(self._seconds(job) for job in left if job.key not in self.lost)
+        waiting = [job for job in left if job.key not in self.lost]
+        seconds = sum(self.pace.seconds(job.recipe, job.config.iterations) for job in waiting)
         rest = f"; about {duration(seconds / workers)} left" if left else ""
         return f"[{done}/{done + len(left)}] {job.title}: {duration(ended.seconds)}{told}{rest}"
-
-    def _seconds(self, job: Job) -> float:
-        """What a run will take, by those of its recipe that ended, else by all of them."""
-        known = self.pace.get(job.recipe) or [each for paces in self.pace.values() for each in paces]
-        return job.config.iterations * statistics.fmean(known) if known else 0.0
 
     def progress(self) -> tuple[int, list[Job]]:
         """Different runs done, and those left; for an arm that waits for its tuning, as if its first candidate won."""

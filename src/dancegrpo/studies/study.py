@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, PrivateAttr, ValidationError, model_validator
 
 from dancegrpo.errors import ConfigError
 from dancegrpo.recipes.messages import explain
@@ -35,7 +35,7 @@ class Arm(Frozen):
     base: bool = False
     """Not trained: measured before the first iteration of the study's first other arm."""
     tune: dict[str, Annotated[tuple[JsonValue, ...], Field(min_length=1)]] = Field(default_factory=dict)
-    """Dotted setting -> its candidates; every combination is tried at half the iterations on a seed of its own."""
+    """Dotted setting -> its candidates; every combination is tried on a seed of its own (`tuning_length`)."""
 
     @model_validator(mode="after")
     def _check(self) -> Arm:
@@ -58,7 +58,7 @@ class Condition(Frozen):
 class Claim(Frozen):
     """A sentence of the paper that the study's numbers can support or not.
 
-    Either `higher` and `lower` name arms, or `near` names two that differ by at most `within`.
+    Either `higher` and `lower` name arms, or `as_good` names one and another that it falls at most `within` short of.
     """
 
     text: Text
@@ -67,20 +67,20 @@ class Claim(Frozen):
     """None = it is asked of every condition."""
     higher: str | None = None
     lower: str | None = None
-    near: tuple[str, str] | None = None
+    as_good: tuple[str, str] | None = None
     within: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Claim:
-        ordered, close = (self.higher, self.lower), (self.near, self.within)
+        ordered, close = (self.higher, self.lower), (self.as_good, self.within)
         if not (all(ordered) and close == (None, None)) and not (all(close) and ordered == (None, None)):
-            raise ValueError(f"text={self.text!r} must name either higher and lower, or near and within")
+            raise ValueError(f"text={self.text!r} must name either higher and lower, or as_good and within")
         return self
 
     @property
     def arms(self) -> tuple[str, str]:
         """The two that are compared; the first minus the second is the difference."""
-        return self.near or (str(self.higher), str(self.lower))
+        return self.as_good or (str(self.higher), str(self.lower))
 
 
 class Study(Frozen):
@@ -108,6 +108,7 @@ class Study(Frozen):
     claims: tuple[Claim, ...] = ()
     published: dict[str, dict[str, float]] = Field(default_factory=dict)
     """The paper's own numbers: arm -> column -> value; in a study with conditions they stand with each."""
+    _source: str = PrivateAttr("")
 
     @model_validator(mode="after")
     def _check(self) -> Study:
@@ -127,6 +128,16 @@ class Study(Frozen):
         for name in names:
             if name not in known:
                 raise ValueError(f"{field} names {name!r}, which the study does not have: use one of {list(known)}")
+
+    @property
+    def source(self) -> str:
+        """What `dancegrpo reproduce` is given for it: its name, or the path it was loaded from."""
+        return self._source or self.name
+
+    @property
+    def base(self) -> str | None:
+        """The first arm that is not trained, if any."""
+        return next((name for name, arm in self.arms.items() if arm.base), None)
 
     def published_in(self, condition: str | None) -> dict[str, dict[str, float]]:
         """The paper's own numbers for a condition."""
@@ -154,7 +165,9 @@ def load_study(name: str) -> Study:
     """A shipped study, or a YAML file (`.yaml`) of one. Raises ConfigError, one line."""
     names = study_names()
     file = FOLDER / f"{name}.yaml" if name in names else Path(name).expanduser()
-    if name not in names and (file.suffix != ".yaml" or not file.is_file()):
+    if name not in names and file.suffix == ".yaml" and not file.is_file():
+        raise ConfigError(f"study {name}: no such file; give a study's YAML file, or {', '.join(names)}, all")
+    if name not in names and file.suffix != ".yaml":
         near = difflib.get_close_matches(name, names, 1, 0.3)
         nearest = f"the nearest is {near[0]}; " if near else ""
         raise ConfigError(f"unknown study {name!r}: {nearest}use {', '.join(names)}, all, or a YAML file")
@@ -168,6 +181,8 @@ def load_study(name: str) -> Study:
         raise ConfigError(f"study {file} is not a mapping: write it as the shipped ones, `title: ...` first")
     named: dict[str, Any] = {"name": file.stem, **{str(key): value for key, value in data.items()}}
     try:
-        return Study.model_validate(named)
+        study = Study.model_validate(named)
     except ValidationError as error:
         raise ConfigError(f"study {name}: {explain(error, Study, named)}") from error
+    study._source = name
+    return study

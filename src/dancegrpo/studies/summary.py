@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from dancegrpo.report.curves import MISSING, Chart, Series, Values, show
 from dancegrpo.statistics import is_pass_column
+from dancegrpo.studies.decisions import RESIDUE, Sign, as_good_sign, deviation, order_sign, t_interval
 from dancegrpo.studies.plan import Plan
 from dancegrpo.studies.results import Result, read_results
 from dancegrpo.studies.study import Claim, Study
 
 CURVE_POINTS = 40
 """Points of a drawn curve: each is the mean of its share of the iterations."""
-Sign = Literal["holds", "does not hold", "undecided"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Mean and standard deviation (None with one seed) over n seeds; best: whether no other arm has a higher mean."""
+    """Mean and standard deviation (None with one seed) over n seeds.
+
+    best: whether no other arm has a higher mean and some arm a lower one. error: the mean's standard error over the
+    held-out prompts, None where it is not known.
+    """
 
     mean: float
     std: float | None
     n: int
     best: bool = False
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,24 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Ranked:
+    """An arm by the main column. gain: its mean difference to the base, seed by seed; None for the base itself."""
+
+    arm: str
+    cell: Cell
+    gain: float | None
+
+
+@dataclass(frozen=True)
 class Tried:
-    """One candidate of tuning."""
+    """One candidate of tuning. edge: whether it was chosen and a value of it is the least or the largest tried."""
 
     arm: str
     candidate: str
     score: float | None
     chosen: bool
     error: str | None
+    edge: bool = False
 
 
 class Evidence:
@@ -123,11 +137,40 @@ class Evidence:
         rows: dict[str, dict[str, Cell | None]] = {arm: {} for arm in self.study.arms}
         for column in self.study.columns:
             cells = {arm: cell_of(list(self.values(arm, condition, column).values())) for arm in rows}
-            best = max((cell.mean for cell in cells.values() if cell), default=None)
+            means = [cell.mean for cell in cells.values() if cell]
+            low, best = min(means, default=0.0), max(means, default=0.0)
+            ranks = column not in self.study.neutral and best - low > RESIDUE * abs(best)
             for arm, cell in cells.items():
-                ranked = cell is not None and cell.mean == best and column not in self.study.neutral
-                rows[arm][column] = Cell(cell.mean, cell.std, cell.n, ranked) if cell else None
+                error = self._prompt_error(arm, condition, column)
+                first = ranks and cell is not None and cell.mean == best
+                rows[arm][column] = replace(cell, best=first, error=error) if cell else None
         return rows
+
+    def _prompt_error(self, arm: str, condition: str | None, column: str) -> float | None:
+        """The standard error over prompts of one seed's mean, averaged over the seeds."""
+        at = 0 if self.study.arms[arm].base else -1
+        runs = [run for run in self.of(arm, condition).values() if run.evaluations]
+        told = [run.evaluations[at].columns.get(column) for run in runs]
+        return _mean([one.error if one else None for one in told])
+
+    def ranking(self, condition: str | None) -> list[Ranked]:
+        """The arms by the mean of the main column, highest first; those without a value are left out."""
+        main, base = self.study.main, self.study.base
+        start = self.values(base, condition, main) if base else {}
+        rows = []
+        for arm in self.study.arms:
+            values = self.values(arm, condition, main)
+            gains = [values[seed] - start[seed] for seed in values if seed in start and arm != base]
+            if (cell := cell_of(list(values.values()))) is not None:
+                rows.append(Ranked(arm, cell, _mean(gains)))
+        return sorted(rows, key=lambda row: -row.cell.mean)
+
+    @property
+    def commits(self) -> list[str]:
+        """Of the code that the runs were made with, tuning included; `no commit known` where one has none."""
+        tried = [result for candidates in self.tuning.values() for _, result in candidates]
+        told = [(run.commit or "no commit known").split(", ") for run in (*self.runs, *tried)]
+        return sorted({commit for commits in told for commit in commits})
 
     def tried(self) -> list[Tried]:
         """The table of tuning."""
@@ -137,8 +180,14 @@ class Evidence:
             for candidate, result in candidates:
                 text = ", ".join(f"{key} = {value}" for key, value in candidate.items())
                 score = result.column(self.study.main)
-                rows.append(Tried(arm, text, score, choice is not None and candidate == choice[1], result.error))
+                chosen = choice is not None and candidate == choice[1]
+                rows.append(Tried(arm, text, score, chosen, result.error, chosen and self._on_edge(arm, candidate)))
         return rows
+
+    def _on_edge(self, arm: str, candidate: Mapping[str, object]) -> bool:
+        """Whether a value of the candidate is the least or largest of those in its grid: better ones may lie beyond."""
+        grids = {key: [v for v in tried if is_number(v)] for key, tried in self.study.arms[arm].tune.items()}
+        return any(len(grid) > 1 and candidate[key] in (min(grid), max(grid)) for key, grid in grids.items() if grid)
 
     def verdicts(self) -> list[Verdict]:
         """Every claim, in each condition it is asked of."""
@@ -153,7 +202,7 @@ class Evidence:
     def _verdict(self, claim: Claim, condition: str | None) -> Verdict:
         first, second = (self.values(arm, condition, claim.column) for arm in claim.arms)
         differences = tuple(first[seed] - second[seed] for seed in sorted(first.keys() & second.keys()))
-        sign = near_sign(differences, claim.within) if claim.within else order_sign(differences)
+        sign = as_good_sign(differences, claim.within) if claim.within else order_sign(differences)
         return Verdict(claim, condition, sign, differences, self._detail(claim, differences))
 
     def _detail(self, claim: Claim, differences: Sequence[float]) -> str:
@@ -161,14 +210,16 @@ class Evidence:
             return "no seed has both arms yet"
         label, n = self.study.columns[claim.column], len(differences)
         first, second = (self.study.arms[arm].label for arm in claim.arms)
-        std = float(np.std(differences, ddof=1)) if n > 1 else None
-        amount = change_text(claim.column, float(np.mean(differences)), std)
+        amount = change_text(claim.column, float(np.mean(differences)), deviation(differences))
         told = f"{label}: “{first}” minus “{second}” is {amount} "
-        told += f"over {n} seeds" if n > 1 else "in one seed, and one seed cannot tell"
+        told += f"over {n} seeds" if n > 1 else "in one seed"
+        interval = t_interval(differences)
+        if interval is None:
+            told += f", and {'one seed' if n == 1 else f'{n} seeds'} cannot tell"
+        else:
+            told += f" (95% interval {interval_text(claim.column, *interval)})"
         if claim.within is not None:
-            count = sum(abs(value) <= claim.within for value in differences)
-            margin = change_text(claim.column, claim.within, None).removeprefix("+")
-            return f"{told}; within {margin} in {count} of {n}"
+            return f"{told}; at most {change_text(claim.column, claim.within, None).removeprefix('+')} short is as good"
         return f"{told}; above 0 in {sum(value > 0 for value in differences)} of {n}"
 
     def charts(self) -> list[Chart]:
@@ -220,31 +271,7 @@ def cell_of(values: Sequence[float]) -> Cell | None:
     """Mean and standard deviation (n - 1) over seeds; None without any."""
     if not values:
         return None
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return Cell(float(np.mean(values)), std, len(values))
-
-
-def order_sign(differences: Sequence[float]) -> Sign:
-    """Whether the first arm is above the second.
-
-    Undecided where the sign differs among seeds, where the mean is within two standard errors of 0, and with fewer than
-    two seeds.
-    """
-    if len(differences) < 2:
-        return "undecided"
-    mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / len(differences) ** 0.5
-    signs = set(np.sign(differences))
-    if len(signs) > 1 or signs == {0.0} or abs(mean) < 2 * error:
-        return "undecided"
-    return "holds" if mean > 0 else "does not hold"
-
-
-def near_sign(differences: Sequence[float], within: float) -> Sign:
-    """Whether two arms differ by at most `within`: decided where the mean is two standard errors to one side of it."""
-    if len(differences) < 2:
-        return "undecided"
-    mean, error = abs(float(np.mean(differences))), float(np.std(differences, ddof=1)) / len(differences) ** 0.5
-    return "holds" if mean + 2 * error <= within else "does not hold" if mean - 2 * error > within else "undecided"
+    return Cell(float(np.mean(values)), deviation(values), len(values))
 
 
 def points(runs: Sequence[Result], metric: str | None) -> tuple[list[int], list[list[float]]]:
@@ -310,14 +337,37 @@ def change_text(column: str, mean: float, std: float | None) -> str:
 
 
 def cell_text(column: str, cell: Cell | None) -> str:
-    """`0.412 ± 0.013`, or a dash."""
+    """`0.412 ± 0.013`, without a deviation where there is none, or a dash."""
     if cell is None:
         return MISSING
     if not cell.std:
-        return level(column, cell.mean) + (" ± 0" if cell.std == 0 else "")
+        return level(column, cell.mean)
     scale, sign = (100, "%") if is_pass_column(column) else (1, "")
     places = _places(scale * cell.std)
     return f"{scale * cell.mean:.{places}f}{sign} ± {scale * cell.std:.{places}f}"
+
+
+def cell_note(column: str, cell: Cell | None) -> str:
+    """`± 0.023 over prompts`, where the seeds give no deviation to show; else nothing."""
+    if cell is None or cell.std or not cell.error:
+        return ""
+    scale = 100 if is_pass_column(column) else 1
+    return f"± {scale * cell.error:.{_places(scale * cell.error)}f} over prompts"
+
+
+def interval_text(column: str, low: float, high: float) -> str:
+    """`+0.013 to +0.027`, in percentage points for pass rates, to two digits of its half width."""
+    scale = 100 if is_pass_column(column) else 1
+    half = scale * (high - low) / 2
+    if half <= RESIDUE * scale * abs(high):
+        return f"{scale * low:+.3g} to {scale * high:+.3g}"
+    places = _places(half)
+    return f"{scale * low:+.{places}f} to {scale * high:+.{places}f}"
+
+
+def is_number(value: object) -> bool:
+    """Whether a candidate's value has a place in an order."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _places(std: float) -> int:
