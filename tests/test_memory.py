@@ -223,8 +223,9 @@ def _keep_elsewhere(monkeypatch: pytest.MonkeyPatch, asked: list[torch.device]) 
     """Latents of `rollout.store=host` say that they are on another device than the CPU's. asked: who waited for it."""
     make = sampling._Kept.__init__
 
-    def elsewhere(self: sampling._Kept, plan: object, shape: object, store: str, *rest: object) -> None:
-        make(self, plan, shape, store, *rest)
+    def elsewhere(self: sampling._Kept, *told: object, means: bool) -> None:
+        make(self, *told, means=means)
+        store = told[3]
         if store == "host":
             self.x_t, self.x_next = self.x_t.as_subclass(Elsewhere), self.x_next.as_subclass(Elsewhere)
 

@@ -295,7 +295,7 @@ def test_a_panel_takes_names_and_weights_from_the_recipe():
     ("judge", "options", "message"),
     [
         ("shape", {}, r"'shape' is unknown \(did you mean 'shapes'\?\): use .*hps.*, or package.module:function"),
-        ("zzz", {}, r"'zzz' is unknown: use aesthetic, clip"),
+        ("zzz", {}, r"'zzz' is unknown: use aesthetic, appearance, clip"),
         ("no_such_package:judge", {}, r"cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
         ("test_rewards:brightnes", {}, r"has no 'brightnes' \(did you mean 'brightness'\?\)"),
         ("test_rewards:", {}, r"has no ''"),

@@ -15,7 +15,8 @@ from dancegrpo import load_config, train
 from dancegrpo.errors import CheckpointError, ConfigError, RewardError
 from dancegrpo.rewards import FunctionReward
 from dancegrpo.run_folder import RunFolder
-from dancegrpo.trainer import Trainer, _resumed_config
+from dancegrpo.run_settings import resumed_config
+from dancegrpo.trainer import Trainer
 from toy import ToyPolicy
 
 TIMED = ("seconds/", "memory/")
@@ -251,9 +252,9 @@ def test_a_resumed_run_may_ask_its_service_elsewhere_but_not_another_judge(tmp_p
             return recipe(urls=["http://127.0.0.1:1"], retries=1, batch_size=8)
 
     moved = recipe(urls=["http://127.0.0.1:2"], retries=9, batch_size=8)
-    assert _resumed_config(Started(), moved, (), None) == moved
+    assert resumed_config(Started(), moved, (), None) == moved
     with pytest.raises(CheckpointError, match=r"rewards\.far\.options\.batch_size \(8 -> 4\)"):
-        _resumed_config(Started(), recipe(urls=["http://127.0.0.1:2"], retries=9, batch_size=4), (), None)
+        resumed_config(Started(), recipe(urls=["http://127.0.0.1:2"], retries=9, batch_size=4), (), None)
 
 
 def test_a_request_to_stop_during_an_evaluation_loses_no_iteration(settings, monkeypatch):

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dancegrpo.algorithms import GRPO, Advantage, gather
+from dancegrpo.algorithms import GRPO, Advantage, Learning, gather
 from dancegrpo.algorithms.work import Part, deal
 from dancegrpo.config import load_config
+from dancegrpo.distributed import ALONE, World
 from dancegrpo.errors import ModelError
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores
@@ -237,8 +238,37 @@ def test_a_sample_that_one_judge_failed_on_is_not_trained():
 @given(st.integers(1, 5), st.lists(st.integers(0, 2), min_size=1, max_size=30))
 def test_micro_batches_hold_every_pair_once_and_never_mix_buckets(size, names):
     """Two networks (Wan 2.2) share no forward pass."""
-    bucket = torch.tensor(names)[:, None]
+    learning = Learning(ALONE)
+    learning.bucket, learning.owner = torch.tensor(names)[:, None], torch.zeros(len(names), dtype=torch.int64)
     part = Part(torch.arange(len(names)), torch.zeros(len(names), dtype=torch.int64), len(names))
-    batches = [sample for sample, _ in part.micro_batches(size, bucket)]
+    told = list(learning.micro_batches(part, size))
+    batches = [sample for sample, _, _ in told]
+    assert all(counts for _, _, counts in told)
     assert sorted(torch.cat(batches).tolist()) == list(range(len(names)))
-    assert all(len(batch) <= size and len(bucket[batch].unique()) == 1 for batch in batches)
+    assert all(len(batch) <= size and len(learning.bucket[batch].unique()) == 1 for batch in batches)
+
+
+@given(
+    st.integers(1, 4),
+    st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=30),
+    st.integers(2, 4),
+)
+def test_ranks_that_forward_together_make_equally_many_micro_batches_of_each_bucket(size, rows, ranks):
+    """Whatever was masked, skipped or left out: sharded weights would wait for ever for a rank that makes fewer."""
+    bucket = torch.tensor([name for name, _ in rows])[:, None]
+    listed = torch.tensor([active for _, active in rows]).nonzero()[:, 0]
+    part = Part(listed, torch.zeros_like(listed), len(rows))
+    owner = torch.arange(len(rows)) * ranks // len(rows)
+    told = []
+    for rank in range(ranks):
+        learning = Learning(World(rank=rank, size=ranks, fsdp=ranks))
+        # One mesh row: all of them are data ranks.
+        learning.bucket, learning.owner = bucket, owner
+        if not (owner == rank).any():
+            return  # refused before a run starts
+        told.append(list(learning.micro_batches(part, size)))
+    assert len({len(batches) for batches in told}) == 1
+    done = torch.cat([torch.empty(0, dtype=torch.int64)] + [s for own in told for s, _, counts in own if counts])
+    assert sorted(done.tolist()) == listed.tolist()
+    for rank, batches in enumerate(told):
+        assert all((owner[sample] == rank).all() for sample, _, _ in batches)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dancegrpo.errors import CheckpointError
-from dancegrpo.files import write_atomically, write_text
+from dancegrpo.files import remove, write_atomically, write_text
 
 MANIFEST = "manifest.json"
 
@@ -49,12 +49,12 @@ def save(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return folder
 
 
-def load_latest(run_dir: Path, warn: Callable[[str], object]) -> Checkpoint | None:
-    """The newest whole checkpoint, or None where none was saved yet.
+def load_latest(run_dir: Path, warn: Callable[[str], object], until: int | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint (of at most `until` iterations), or None where none was saved yet.
 
     A damaged one is named through `warn` and the one before it is used; CheckpointError where all are damaged.
     """
-    saved = _iterations(run_dir)
+    saved = [iteration for iteration in _iterations(run_dir) if until is None or iteration <= until]
     for iteration in reversed(saved):
         folder = _folder(run_dir) / f"{iteration:06d}"
         try:
@@ -64,6 +64,13 @@ def load_latest(run_dir: Path, warn: Callable[[str], object]) -> Checkpoint | No
     if saved:
         raise CheckpointError(f"every checkpoint in {_folder(run_dir)} is damaged: put one back, or start a new run")
     return None
+
+
+def drop_after(run_dir: Path, iteration: int) -> None:
+    """Deletes the checkpoints of more than `iteration` iterations: their weights are not to be gone on from."""
+    for saved in _iterations(run_dir):
+        if saved > iteration:
+            remove(_folder(run_dir) / f"{saved:06d}")
 
 
 def _load(folder: Path) -> Checkpoint:

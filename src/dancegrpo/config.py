@@ -24,6 +24,7 @@ from dancegrpo.settings import (
     HealthConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     PromptsConfig,
     RewardConfig,
     RolloutConfig,
@@ -59,6 +60,7 @@ class RunConfig(Frozen):
     ema: EMAConfig = EMAConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()
     tracking: TrackingConfig = TrackingConfig()
 

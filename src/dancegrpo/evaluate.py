@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dancegrpo.config import RunConfig
+from dancegrpo.distributed import ALONE, World
 from dancegrpo.noise import generator, normal
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.prompts import Prompt, open_prompts
@@ -64,6 +65,7 @@ def evaluate(
     seed: int,
     batch_size: int,
     encode: Encode | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Scores one picture per prompt with every judge; rows are paired across evaluations of equal "sampling".
 
@@ -73,10 +75,15 @@ def evaluate(
     """
     started = time.perf_counter()
     parts: dict[str, list[Scores]] = defaultdict(list)
-    for batch, media in pictures(policy, prompts, seed=seed, batch_size=batch_size, encode=encode):
+    mine = world.rows(len(prompts), batch_size)
+    how: Any = {"seed": seed, "batch_size": batch_size, "encode": encode}
+    for batch, media in pictures(policy, prompts[mine.slice], start=mine.rows.start, **how):
         for name, scores in judges.score(media, batch).items():
             parts[name].append(scores.to("cpu"))
-    verdicts = {name: Scores.cat(scores) for name, scores in parts.items()}
+    for rows in mine.spares():
+        for _ in pictures(policy, [prompts[row] for row in rows.tolist()], **how):
+            pass
+    verdicts = {name: Scores.cat(parts[name]).gathered(world) for name in judges.rewards}
     columns: dict[str, list[float | None]] = {}
     for name, scores in verdicts.items():
         for column, values in {name: scores.values, **{f"{name}/{e}": v for e, v in scores.extra.items()}}.items():

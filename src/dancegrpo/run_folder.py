@@ -23,6 +23,8 @@ class RunFolder:
     """Paths and records of one run: config.yaml, run.json, metrics.jsonl, evaluations/, samples/, checkpoints/."""
 
     path: Path
+    writes: bool = True
+    """False on the processes of a run that leave writing to the first."""
 
     @classmethod
     def create(cls, config: RunConfig, out: Path | None = None) -> RunFolder:
@@ -101,6 +103,8 @@ class RunFolder:
 
     def write_info(self, **values: Any) -> None:
         """Merges values into run.json."""
+        if not self.writes:
+            return
         write_json(self.path / "run.json", {**self.info(), **values})
 
     def describe_machine(self, device: str, threads: int, derived: Mapping[str, Any]) -> None:
@@ -117,6 +121,8 @@ class RunFolder:
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line, flushed; a number that is not finite becomes null."""
+        if not self.writes:
+            return
         row = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in metrics.items()

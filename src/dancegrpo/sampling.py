@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
 
+from dancegrpo.distributed import ALONE, Share, World
 from dancegrpo.errors import ConfigError
 from dancegrpo.noise import generator, normal
 from dancegrpo.policies.base import Condition, Dynamics, Policy
@@ -39,7 +41,8 @@ class Trajectory:
     x_t, x_next: (B, K, *S) latents before and after the trained transitions, in the host's memory with
     `rollout.store=host`; all else is on the policy's device. step: (B, K) int64. noise_level, log_prob: (B, K) float32.
     x0: (B, *S) final latents. group: (B,) int64 into `condition`. condition: one row per prompt, not per sample.
-    mean: (B, K, *S) means of the transitions, beside x_next, where they were asked for.
+    mean: (B, K, *S) means of the transitions, beside x_next, where they were asked for. first: of a rollout that
+    several ranks share, the place of this one's first sample in the whole.
     """
 
     x_t: Tensor
@@ -51,6 +54,7 @@ class Trajectory:
     group: Tensor
     condition: Condition
     mean: Tensor | None = None
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.group)
@@ -152,6 +156,7 @@ def rollout(
     reduction: Reduction = "mean",
     on_batch: OnBatch | None = None,
     keep: Keep = "transitions",
+    world: World = ALONE,
 ) -> Trajectory:
     """Samples group_size outputs for each of the P prompts of `condition` with the policy's stochastic sampler.
 
@@ -160,7 +165,7 @@ def rollout(
     fixed by `load_policy`; another `num_steps` than its raises ConfigError. reduction: of the log-probability over
     the latent's elements, `mean` or `sum`. on_batch: called with the final latents (N, *S) and the conditions of each
     batch as it is done, in the order of samples. keep: what is recorded of the trained transitions; `x0` = nothing
-    of them (K = 0), `means` = their means too.
+    of them (K = 0), `means` = their means too. world: whose share of the samples is drawn.
     """
     num_prompts, size = len(condition), config.group_size
     if config.num_steps != policy.dynamics.num_steps:
@@ -174,41 +179,64 @@ def rollout(
     start = starting_noise(config, policy.latent_shape, num_prompts, seed, iteration)
     group = torch.arange(num_prompts).repeat_interleave(size)
     noise_of = partial(_step_noise, plan, policy.latent_shape, size=size, seed=seed, iteration=iteration)
-    batch, device = len(plan.trained), policy.device
-    kept = _Kept(plan, policy.latent_shape, config.store, device, reduction, means=keep == "means")
-    x0 = torch.empty(batch, *policy.latent_shape, device=device)
-    for first in range(0, batch, config.batch_size):
-        rows = torch.arange(first, min(first + config.batch_size, batch))
+    mine, device = world.rows(len(group), config.batch_size), policy.device
+    kept = _Kept(plan, mine, policy.latent_shape, config.store, device, reduction, means=keep == "means")
+    x0 = torch.empty(len(mine.rows), *policy.latent_shape, device=device)
+    for rows in mine.batches():
         told = condition[group[rows].to(device)]
-        x = _draw(policy, start[rows].to(device), told, kept, rows, noise_of)
-        x0[rows.to(device)] = x
+        x = _draw(policy, start[rows].to(device), told, plan, rows, noise_of, kept)
+        x0[mine.places(rows).to(device)] = x
         if on_batch is not None:
             on_batch(x, told)
+    for rows in mine.spares():
+        _draw(policy, start[rows].to(device), condition[group[rows].to(device)], plan, rows, noise_of)
     kept.settle()
-    level = plan.noise_level.gather(1, plan.trained).to(device)
-    trained = plan.trained.to(device)
-    return Trajectory(kept.x_t, kept.x_next, trained, level, kept.log_prob, x0, group.to(device), condition, kept.mean)
+    own = plan.trained[mine.slice]
+    return Trajectory(
+        x_t=kept.x_t,
+        x_next=kept.x_next,
+        step=own.to(device),
+        noise_level=plan.noise_level[mine.slice].gather(1, own).to(device),
+        log_prob=kept.log_prob,
+        x0=x0,
+        group=group[mine.slice].to(device),
+        condition=condition,
+        mean=kept.mean,
+        first=mine.rows.start,
+    )
 
 
 @torch.no_grad()
 def states(
-    policy: Policy, condition: Condition, config: RolloutConfig, at: Tensor, *, seed: int, iteration: int
+    policy: Policy,
+    condition: Condition,
+    config: RolloutConfig,
+    at: Tensor,
+    *,
+    seed: int,
+    iteration: int,
+    world: World = ALONE,
 ) -> Tensor:
     """Latents (B, *S) of P x group_size samples, each right before its own step `at` (B,) int64; as `rollout` draws.
 
-    Nothing is drawn past the latest of those steps. Groups are contiguous; condition: of P prompts.
+    Nothing is drawn past the latest of those steps. Groups are contiguous; condition: of P prompts. Of `world`, only
+    this process's share of the samples is drawn and returned.
     """
     num_prompts, size = len(condition), config.group_size
     start = starting_noise(config, policy.latent_shape, num_prompts, seed, iteration)
     plan = step_plan(config, policy.dynamics, num_prompts, seed, iteration)
-    found = torch.empty(len(at), *policy.latent_shape, device=policy.device)
-    for rows in torch.arange(len(at)).split(config.batch_size):
+    mine, last = world.rows(len(at), config.batch_size), int(at.max())
+    found = torch.empty(len(mine.rows), *policy.latent_shape, device=policy.device)
+    for rows, wanted in chain(((rows, True) for rows in mine.batches()), ((rows, False) for rows in mine.spares())):
         told = condition[(rows // size).to(policy.device)]
         x = policy.start(start[rows].to(policy.device), told)
-        for step in range(int(at[rows].max()) + 1):
+        # Ranks that make their forward passes together all go to the latest step of the whole rollout.
+        stop = last if world.size > 1 else int(at[rows].max())
+        for step in range(stop + 1):
             here = rows[at[rows] == step]
-            found[here.to(policy.device)] = x[(here - rows[0]).to(policy.device)]
-            if step == int(at[rows].max()):
+            if wanted:
+                found[mine.places(here).to(policy.device)] = x[(here - rows[0]).to(policy.device)]
+            if step == stop:
                 break
             key = {"size": size, "step": step, "seed": seed, "iteration": iteration}
             noise = _step_noise(plan, policy.latent_shape, rows=rows, **key)
@@ -218,16 +246,23 @@ def states(
 
 
 def _draw(
-    policy: Policy, x: Tensor, told: Condition, kept: _Kept, rows: Tensor, noise_of: Callable[..., Tensor | None]
+    policy: Policy,
+    x: Tensor,
+    told: Condition,
+    plan: StepPlan,
+    rows: Tensor,
+    noise_of: Callable[..., Tensor | None],
+    kept: _Kept | None = None,
 ) -> Tensor:
-    """The samples `rows` of a rollout, (N, *S), from their starting noise x."""
+    """The samples `rows` of a rollout, (N, *S), from their starting noise x; recorded in `kept`."""
     # A function of its own: what the last step leaves behind is freed before the latents are decoded.
     x = policy.start(x, told)
     for step in range(policy.dynamics.num_steps):
-        gaussian = _transition(policy, x, step, told, kept.plan.noise_level[rows, step])
+        gaussian = _transition(policy, x, step, told, plan.noise_level[rows, step])
         noise = noise_of(rows=rows, step=step)
         following = gaussian.mean if noise is None else gaussian.sample(noise.to(x.device))
-        kept.record(rows, step, x, following, gaussian)
+        if kept is not None:
+            kept.record(rows, step, x, following, gaussian)
         x = following
     return x
 
@@ -238,6 +273,7 @@ class _Kept:
     def __init__(
         self,
         plan: StepPlan,
+        mine: Share,
         shape: tuple[int, ...],
         store: str,
         device: torch.device,
@@ -245,21 +281,22 @@ class _Kept:
         *,
         means: bool,
     ) -> None:
-        self.plan, self.device, self.reduction = plan, device, reduction
-        self.log_prob = torch.empty(plan.trained.shape, device=device)
+        self.plan, self.mine, self.device, self.reduction = plan, mine, device, reduction
+        places = (len(mine.rows), plan.trained.shape[1])
+        self.log_prob = torch.empty(places, device=device)
         # Pinned pages go to and from the accelerator without a detour; where host and device are one there are none.
         place = (
             {"device": device} if store == "device" or device.type == "cpu" else {"pin_memory": device.type == "cuda"}
         )
-        self.x_t, self.x_next = (torch.empty(*plan.trained.shape, *shape, **place) for _ in range(2))
-        self.mean = torch.empty(*plan.trained.shape, *shape, **place) if means else None
+        self.x_t, self.x_next = (torch.empty(*places, *shape, **place) for _ in range(2))
+        self.mean = torch.empty(*places, *shape, **place) if means else None
 
     def record(self, rows: Tensor, step: int, x: Tensor, following: Tensor, gaussian: Gaussian) -> None:
         """Keeps the transition x -> following, both (N, *S), of those samples of `rows` (N,) that train this step."""
         local, slot = (self.plan.trained[rows] == step).nonzero(as_tuple=True)
         if not len(local):
             return
-        at, local = rows[local], local.to(self.device)
+        at, local = self.mine.places(rows[local]), local.to(self.device)
         put(self.x_t, at, slot, x[local])
         put(self.x_next, at, slot, following[local])
         if self.mean is not None:

@@ -404,6 +404,15 @@ class EMAConfig(Frozen):
     """None = no average is kept."""
 
 
+class ParallelConfig(Frozen):
+    """How the processes that torchrun launched share the work; what a run computes does not depend on it."""
+
+    fsdp: Positive = 1
+    """Ranks over which the weights are sharded (FSDP2); the others hold copies."""
+    timeout: PositiveFloat = 600.0
+    """Seconds after which a rank that waits for another gives up."""
+
+
 class EvaluationConfig(Frozen):
     """Held-out measurement: fixed noise, the deterministic sampler, the deployment resolution and steps."""
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +18,45 @@ from torch import Tensor
 from dancegrpo import evaluate as measure
 from dancegrpo.algorithms import build_algorithm
 from dancegrpo.background import BackgroundWriter
-from dancegrpo.checkpoint import Checkpoint, load_latest, save, truncate_metrics
-from dancegrpo.config import RunConfig, diff_configs, load_config
-from dancegrpo.errors import CheckpointError, ConfigError
+from dancegrpo.checkpoint import Checkpoint, drop_after, load_latest, save, truncate_metrics
+from dancegrpo.config import RunConfig, load_config
+from dancegrpo.distributed import ALONE, World, started
+from dancegrpo.errors import ConfigError
 from dancegrpo.files import write_json
 from dancegrpo.group_sampler import GroupSampler
-from dancegrpo.health import Clock, peak_memory_mb, restart_peak, reward_metrics, use_threads
+from dancegrpo.health import (
+    Clock,
+    Decision,
+    Guard,
+    Looks,
+    Monitor,
+    log_prob_rounding,
+    peak_memory_mb,
+    restart_peak,
+    reward_metrics,
+    use_threads,
+)
 from dancegrpo.policies import Condition, Policy, load_policy
 from dancegrpo.policies.cache import CachedEncoder, ConditionCache
 from dancegrpo.preferences import match_pairs
 from dancegrpo.progress import Progress
 from dancegrpo.prompts import Prompt, open_prompts
-from dancegrpo.report import write_report
+from dancegrpo.report import FILE_NAME, write_report
 from dancegrpo.rewards import (
-    CATALOG,
-    IN_PYTHON,
     MIN_VALID_FRACTION,
-    FunctionReward,
     Judges,
     Reward,
     Scores,
-    load_reward,
 )
+from dancegrpo.run_checks import refuse_idle_negative, require_batches, require_images
 from dancegrpo.run_folder import RunFolder
 from dancegrpo.run_plan import RunPlan
+from dancegrpo.run_settings import find_judge, resumed_config, with_rewards
 from dancegrpo.samples import MOVING_SHEET, SHEET, write_samples
 from dancegrpo.sampling import step_plan
-from dancegrpo.settings import RewardConfig
 from dancegrpo.statistics import summarize
 from dancegrpo.tracking import Tracker, open_tracker
 from dancegrpo.update import Updater
-
-MAY_CHANGE = ("iterations", "output", "checkpoint.", "tracking.")
-"""Settings that a resumed run may change: they do not touch what any iteration computes."""
 
 
 @dataclass(frozen=True)
@@ -85,28 +91,33 @@ def train(
         if out is not None:
             raise ConfigError(f"--out {out} does not go with --resume: the run goes on in {resume}, leave --out away")
         folder = RunFolder.open(Path(resume))
-        settings = _resumed_config(folder, config, overrides, rewards)
+        settings = resumed_config(folder, config, overrides, rewards)
     elif config is None:
         raise ConfigError("no recipe given: name one (`dancegrpo recipes` lists them), or a run folder to resume")
     else:
         settings = config if isinstance(config, RunConfig) and not overrides else load_config(config, overrides)
-        settings = _with_rewards(settings, rewards)
-    judges = {name: _judge(name, r, rewards) for name, r in settings.rewards.items()}
-    trainer = Trainer(settings, judges)
-    if folder is None:
-        folder = RunFolder.create(settings, Path(out) if out is not None else None)
-    with folder.lock():
-        if resume is not None:
-            folder.write_config(settings)
-        return trainer.fit(folder, resume=resume is not None)
+        settings = with_rewards(settings, rewards)
+    with started(settings.parallel) as world:
+        judges = {name: find_judge(name, r, rewards) for name, r in settings.rewards.items()}
+        trainer = Trainer(settings, judges, world)
+        if folder is None:
+            made = RunFolder.create(settings, Path(out) if out is not None else None) if world.main else None
+            folder = RunFolder(Path(world.from_main(str(made.path) if made else None)))
+        if not world.main:
+            return trainer.fit(replace(folder, writes=False), resume=resume is not None)
+        with folder.lock():
+            if resume is not None:
+                folder.write_config(settings)
+            return trainer.fit(folder, resume=resume is not None)
 
 
 class Trainer:
     """One run: what `fit` loops over, and the pieces one iteration needs."""
 
-    def __init__(self, config: RunConfig, judges: Mapping[str, Reward]) -> None:
-        self.config = config
-        self.threads = use_threads(config.threads)
+    def __init__(self, config: RunConfig, judges: Mapping[str, Reward], world: World = ALONE) -> None:
+        self.config, self.world = config, world
+        self.threads = use_threads(config.threads, world.neighbours)
+        require_batches(config, world)
         prompts = config.prompts
         match_pairs(config)
         self.prompts = open_prompts(prompts.train, **prompts.reading())
@@ -114,8 +125,8 @@ class Trainer:
         self.sampler = GroupSampler(known, prompts.per_iteration, config.seed)
         self.held_out = measure.held_out(config)
         self.policy: Policy = load_policy(config.model, config.rollout, seed=config.seed)
-        self._refuse_idle_negative()
-        self._require_images()
+        refuse_idle_negative(config, self.policy)
+        require_images(config, self.policy, self.prompts, self.held_out)
         if config.offline:
             _ = self.policy.media_shape  # a model that cannot learn from recorded pictures is refused now
         cache = (
@@ -128,45 +139,21 @@ class Trainer:
             step_plan(config.rollout, self.policy.dynamics, 1, config.seed, 0)
         weights = {name: reward.weight for name, reward in config.rewards.items()}
         self.judges = Judges(judges, weights).to(self.policy.device)
-        self.algorithm = build_algorithm(config, self.judges)
+        self.algorithm = build_algorithm(config, self.judges, world)
         if self.algorithm.needs_reference:
             self.policy.keep_reference()
-        self.updater = Updater(self.policy, config)
+        self.policy.shard(world)
+        self.monitor, self.guard = Monitor(config.model_dump(mode="json")), Guard(config.health)
+        self.rounding = log_prob_rounding(config, self.policy.dynamics)
+        self.updater = Updater(self.policy, config, world, self.guard)
         self.plan = RunPlan(config, self.policy, self.algorithm)
         self.plan.derived()  # what cannot be is refused before there is a folder
         self.writer = BackgroundWriter()
-        self._warned = False
-
-    def _refuse_idle_negative(self) -> None:
-        """Raises ConfigError for a negative prompt that the model would never be told."""
-        negative, model = self.config.prompts.negative, self.config.model
-        if negative and not self.policy.guided:
-            scale = "true_cfg_scale" if "true_cfg_scale" in getattr(self.policy, "settings", ()) else "guidance_scale"
-            raise ConfigError(
-                f"prompts.negative={negative!r} would do nothing: {model.path} at model.{scale}="
-                f"{getattr(model, scale):g} uses no classifier-free guidance; leave it empty"
-            )
-
-    def _require_images(self) -> None:
-        """Raises ConfigError where the model animates images and the prompts bring none."""
-        if not self.policy.takes_image:
-            return
-        prompts, held_out = self.config.prompts, self.held_out
-        lacking = next((f"held-out prompt {prompt.id}" for prompt in held_out if prompt.image is None), None)
-        for key, source, place in (
-            ("train", prompts.train, self.prompts.first_without_image),
-            ("evaluation", prompts.evaluation, lacking),
-        ):
-            if place is not None:
-                raise ConfigError(
-                    f"prompts.{key}={source} has prompts without images ({place} first), and {self.config.model.path} "
-                    "animates images: give each an `image`, or draw them first (`dancegrpo make-images`)"
-                )
 
     def fit(self, folder: RunFolder, *, resume: bool = False) -> RunResult:
         """Runs to `config.iterations`, leaving checkpoints, evaluations, samples and the report in the folder."""
         config, status = self.config, "failed"
-        console = Console(stderr=True)  # standard output is for results
+        console = Console(stderr=True, quiet=not self.world.main)  # standard output is for results
         with Progress(config.iterations, 0, config.name, console=console) as progress, _stop_requests() as stopped:
             done, seconds = self._restore(folder, progress) if resume else (0, 0.0)
             self._epoch = time.perf_counter() - seconds
@@ -175,7 +162,8 @@ class Trainer:
             if ties := self.prompts.ties:
                 progress.message(f"{ties} ties of {config.prompts.train} make no pair and are left out")
             settings = config.model_dump(mode="json")
-            tracker = open_tracker(config.tracking, folder.path, folder.path.name, settings, first_step=done)
+            tracking = config.tracking if self.world.main else config.tracking.model_copy(update={"backend": "none"})
+            tracker = open_tracker(tracking, folder.path, folder.path.name, settings, first_step=done)
             try:
                 with self.writer:
                     done = self._loop(folder, done, progress, tracker, stopped)
@@ -183,7 +171,8 @@ class Trainer:
             finally:
                 tracker.finish()
                 folder.write_info(status=status, seconds=time.perf_counter() - self._epoch)
-            report = write_report(folder.path)
+            report = write_report(folder.path) if self.world.main else folder.path / FILE_NAME
+            self.world.barrier()
             progress.message(f"{status} after {done} iterations")
         return RunResult(folder.path, report, done)
 
@@ -191,16 +180,25 @@ class Trainer:
         self, folder: RunFolder, start: int, progress: Progress, tracker: Tracker, stopped: threading.Event
     ) -> int:
         """Iterations `start` to the last; returns how many are done. A request to stop is heard after each."""
-        config, done = self.config, start
+        config, done, world = self.config, start, self.world
         self._evaluate_if_due(folder, done, progress, tracker)
-        while done < config.iterations and not stopped.is_set():
+        asked = world.any(stopped.is_set())
+        while done < config.iterations and not asked:
             metrics = self.iterate(done)
+            decision = self._watch(metrics, progress)
             folder.append_metrics(metrics)
             tracker.log(metrics, done)
             progress.iteration(metrics)
-            self._warn_of_rounding(metrics, progress)
             done += 1
-            saved = done == config.iterations or _due(config.checkpoint.every, done) or stopped.is_set()
+            if decision.action == "roll back":
+                self._roll_back(folder, done, decision, progress)
+            elif decision.action == "stop":
+                self._save(folder, done)
+                folder.write_info(verdict=decision.reason)
+                progress.message(decision.reason)
+                break
+            asked = world.any(stopped.is_set())  # whichever rank heard it
+            saved = done == config.iterations or _due(config.checkpoint.every, done) or asked
             if saved:
                 # Before the evaluation: whoever asks to stop may not wait for it, and a resumed run makes it up.
                 self._save(folder, done)
@@ -209,15 +207,24 @@ class Trainer:
                     self.writer.flush()  # a run that goes on from here does not draw again what was drawn before
                 else:
                     self.writer.check()
-                if not stopped.is_set():
+                if not asked:
                     self._evaluate_if_due(folder, done, progress, tracker)
             except Exception:  # a sample that cannot be written may not cost what was learnt since the last checkpoint
-                if not saved:
+                if not saved and world.size == 1:  # of several ranks, the others are elsewhere
                     self._save(folder, done)
                 raise
-            if stopped.is_set() and not saved:  # asked to stop meanwhile
+            asked = world.any(stopped.is_set())
+            if asked and not saved:  # asked to stop meanwhile
                 self._save(folder, done)
         return done
+
+    def _watch(self, metrics: dict[str, Any], progress: Progress) -> Decision:
+        """Tells of what is wrong with an iteration, adds the count of alarms to its metrics, and says what to do."""
+        alarms = self.monitor.see(metrics) if self.config.health.watch != "off" else []
+        metrics["health/alarms"] = len(self.monitor.standing)
+        for alarm in alarms:
+            progress.message(alarm.sentence)
+        return self.guard.after(metrics["iteration"], alarms)
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics, flat."""
@@ -228,6 +235,8 @@ class Trainer:
             condition = self.encoder.encode(prompts)
         size = config.rollout.group_size
         drawn = [prompt for prompt in prompts for _ in range(size)]
+        drawn = drawn[self.world.rows(len(drawn), config.rollout.batch_size).slice]
+        looks = Looks()
         with torch.no_grad(), self.judges.scoring(drawn) as scoring:
 
             def judge(x0: Tensor, told: Condition) -> None:
@@ -235,13 +244,16 @@ class Trainer:
                     media = policy.decode(x0, told)
                 with clock("reward"):
                     scoring.add(media)
+                if config.health.watch != "off":
+                    looks.add(media)
 
             with clock("rollout"):
                 batch = self.algorithm.collect(policy, condition, iteration, judge)
             scores: dict[str, Scores] = {}
             if scoring.arrived:
                 with clock("reward"):
-                    scores = {name: verdict.to("cpu") for name, verdict in self.judges.finish(scoring).items()}
+                    told = {name: verdict.to("cpu") for name, verdict in self.judges.finish(scoring).items()}
+                    scores = {name: verdict.gathered(self.world) for name, verdict in told.items()}
                 self.judges.require_valid(scores)
         with clock("update"):
             learning = self.algorithm.learn(policy, batch, scores, prompts)
@@ -253,7 +265,10 @@ class Trainer:
         return {
             "iteration": iteration,
             **rewards,
+            **looks.gathered(self.world).metrics(group, learning.advantage),
             **metrics,
+            "train/log_prob_rounding": self.rounding,
+            **self.guard.metrics(),
             **clock.metrics(),
             "memory/peak_mb": peak_memory_mb(policy.device),
         }
@@ -269,12 +284,16 @@ class Trainer:
             return
         with self._weights():
             shown = self.held_out or [self.prompts[i] for i in range(min(len(self.prompts), config.samples))]
-            if config.samples and not (folder.samples_folder(done) / SHEET).is_file():
+            # The main process looks for all: what it writes may appear between two looks.
+            sheet, file = folder.samples_folder(done) / SHEET, folder.evaluation_file(done)
+            drawn, measured = self.world.from_main([sheet.is_file(), file.is_file()])
+            if config.samples and not drawn and (self.world.main or self.world.joint):
                 self._draw_samples(folder, done, shown[: config.samples], tracker)
             judges = self.judges.for_evaluation()
-            if not config.num_prompts or not judges.rewards or folder.evaluation_file(done).is_file():
+            if not config.num_prompts or not judges.rewards or measured:
                 return
             settings: Any = {"seed": config.seed, "batch_size": config.batch_size, "encode": self.encoder.encode}
+            settings["world"] = self.world
             record = measure.evaluate(self.policy, judges, self.held_out, **settings)
         for name in judges.trained:
             known, total = sum(record["valid"][name]), len(self.held_out)
@@ -284,6 +303,8 @@ class Trainer:
                 progress.message(f"the evaluation after {done} iterations is left out: {told}")
                 return
         record = {"iteration": done, "weights": "current" if self.updater.ema is None else "ema", **record}
+        if not self.world.main:
+            return
         write_json(folder.evaluation_file(done), record)
         summary = summarize(record)
         progress.evaluation(summary)
@@ -292,6 +313,12 @@ class Trainer:
     def _draw_samples(self, folder: RunFolder, done: int, prompts: list[Prompt], tracker: Tracker) -> None:
         """Draws now, writes while the run goes on; the tracker hears of them once they are written."""
         config, target, encode = self.config.evaluation, folder.samples_folder(done), self.encoder.encode
+        if not self.world.main:  # only for company
+            for _ in measure.pictures(
+                self.policy, prompts, seed=config.seed, batch_size=config.batch_size, encode=encode
+            ):
+                pass
+            return
         labels = [{"text": prompt.text, "task": prompt.metadata.get("task")} for prompt in prompts]
         write_json(folder.path / "samples" / "prompts.json", labels)
 
@@ -305,34 +332,57 @@ class Trainer:
         media = (sample for _, batch in drawn for sample in batch)
         write_samples(media, target, fps=fps, writer=self.writer, then=track)
 
-    def _warn_of_rounding(self, metrics: Mapping[str, Any], progress: Progress) -> None:
-        """Says once that sampling and training round differently by more than the clip range bears."""
-        found, bound = metrics.get("train/replay_difference"), self.config.algorithm.clip_range / 10
-        if found is not None and found > bound and not self._warned:
-            self._warned = True
-            progress.message(
-                f"warning: log-probs of rollout and training differ by {found:.2g}, more than a tenth of "
-                f"algorithm.clip_range={self.config.algorithm.clip_range}"
-                + (": later updates of a rollout recompute them" if self.config.update.updates_per_rollout > 1 else "")
-            )
+    def _roll_back(self, folder: RunFolder, done: int, decision: Decision, progress: Progress) -> None:
+        """Goes back to the last good state, as the guard decided, and goes on from it as iteration `done`."""
+        checkpoint = load_latest(folder.path, progress.message, until=decision.until)
+        self.world.barrier()  # all have read before one deletes
+        if self.world.main:
+            drop_after(folder.path, checkpoint.iteration if checkpoint else -1)
+        if checkpoint is None:
+            self._restart()
+        else:
+            self._load(checkpoint)
+        back = f"to iteration {checkpoint.iteration}" if checkpoint else "to the starting weights"
+        progress.message(f"went back {back}: {decision.reason}")
+        self._save(folder, done)
+
+    def _restart(self) -> None:
+        """The weights, averages and memories that the run began with."""
+        fresh = load_policy(self.config.model, self.config.rollout, seed=self.config.seed).trainable()
+        weights = {name: weight.detach() for name, weight in fresh.items()}
+        state = {"weights": weights, "exp_avg": {}, "exp_avg_sq": {}, "step": {}, "ema": weights}
+        self.updater.optimizer.state.clear()
+        self.updater.load_state_dict(state, 0)
+        unused = build_algorithm(self.config, self.judges, self.world)
+        self.algorithm.load_state_dict(unused.state_dict(), unused.tensors())
 
     def _save(self, folder: RunFolder, done: int) -> None:
         seconds = time.perf_counter() - self._epoch
         state = {"num_updates": self.updater.num_updates, "algorithm": self.algorithm.state_dict(), "seconds": seconds}
+        state["guard"] = self.guard.state_dict()
         tensors = self.updater.state_dict() | {"algorithm": self.algorithm.tensors()}
-        save(folder.path, Checkpoint(done, tensors, state), self.config.checkpoint.keep)
+        if self.world.main:
+            save(folder.path, Checkpoint(done, tensors, state), self.config.checkpoint.keep)
+        self.world.barrier()
 
     def _restore(self, folder: RunFolder, progress: Progress) -> tuple[int, float]:
         """Loads the newest whole checkpoint and drops later metrics: (iterations done, seconds so far)."""
         checkpoint = load_latest(folder.path, progress.message)
         done = 0 if checkpoint is None else checkpoint.iteration
-        for row in truncate_metrics(folder.metrics_file, done):
+        rows = truncate_metrics(folder.metrics_file, done) if self.world.main else None
+        for row in self.world.from_main(rows):
             progress.iteration(row)
+            self.monitor.see(row)
         if checkpoint is None:
             return 0, 0.0
+        self._load(checkpoint)
+        if "guard" in checkpoint.state:  # runs of earlier versions have none
+            self.guard.load_state_dict(checkpoint.state["guard"])
+        return done, checkpoint.state["seconds"]
+
+    def _load(self, checkpoint: Checkpoint) -> None:
         self.updater.load_state_dict(checkpoint.tensors, checkpoint.state["num_updates"])
         self.algorithm.load_state_dict(checkpoint.state["algorithm"], checkpoint.tensors.get("algorithm", {}))
-        return done, checkpoint.state["seconds"]
 
 
 @contextmanager
@@ -352,48 +402,6 @@ def _stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _resumed_config(
-    folder: RunFolder,
-    config: RunConfig | str | Path | None,
-    overrides: Sequence[str],
-    rewards: Mapping[str, Any] | None,
-) -> RunConfig:
-    """The run's own settings with the changes asked for. Raises CheckpointError naming those that may not change."""
-    held = folder.config()
-    if config is None:
-        wanted = load_config(folder.config_file, overrides)
-    else:
-        wanted = config if isinstance(config, RunConfig) and not overrides else load_config(config, overrides)
-    wanted = _with_rewards(wanted, rewards)
-    judges = {name: CATALOG[reward.judge] for name, reward in wanted.rewards.items() if reward.judge in CATALOG}
-    placing = {f"rewards.{name}.options.{option}" for name, entry in judges.items() for option in entry.placing}
-    changed = {
-        key: pair
-        for key, pair in diff_configs(held, wanted).items()
-        if key not in placing and not key.startswith(MAY_CHANGE)
-    }
-    if changed:
-        listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in sorted(changed.items()))
-        rule = "resume without them, or start a new run"
-        raise CheckpointError(f"{folder.path} was started with other settings: {listed}; {rule}")
-    return wanted
-
-
-def _with_rewards(config: RunConfig, rewards: Mapping[str, Any] | None) -> RunConfig:
-    if not rewards:
-        return config
-    called = {name: getattr(judge, "__qualname__", type(judge).__name__) for name, judge in rewards.items()}
-    named = {name: {"judge": f"{IN_PYTHON}{word}"} for name, word in called.items()}
-    return load_config(config.model_dump() | {"rewards": named})
-
-
-def _judge(name: str, config: RewardConfig, given: Mapping[str, Any] | None) -> Reward:
-    if given and name in given:
-        judge = given[name]
-        return judge if isinstance(judge, Reward) else FunctionReward(judge, name)
-    return load_reward(name, config)
 
 
 def _due(every: int, done: int) -> bool:

@@ -12,6 +12,7 @@ from dancegrpo.algorithms.policy_gradient import Pairs, PolicyGradient, gather
 from dancegrpo.algorithms.refl import ReFL
 from dancegrpo.algorithms.work import Part
 from dancegrpo.config import RunConfig
+from dancegrpo.distributed import ALONE, World
 from dancegrpo.rewards import Judges
 
 __all__ = [
@@ -33,15 +34,15 @@ __all__ = [
 ]
 
 
-def build_algorithm(config: RunConfig, judges: Judges) -> Algorithm:
+def build_algorithm(config: RunConfig, judges: Judges, world: World = ALONE) -> Algorithm:
     """The algorithm that `config.algorithm.name` names. Raises ConfigError where it does not fit the judges."""
     if config.algorithm.name == "refl":
-        return ReFL(config, judges)
-    others: dict[str, Callable[[RunConfig], Algorithm]] = {
+        return ReFL(config, judges, world)
+    others: dict[str, Callable[[RunConfig, World], Algorithm]] = {
         "grpo": GRPO,
         "ddpo": DDPO,
         "dpok": DPOK,
         "dpo": DPO,
         "nft": NFT,
     }
-    return others[config.algorithm.name](config)
+    return others[config.algorithm.name](config, world)

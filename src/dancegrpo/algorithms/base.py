@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dancegrpo.algorithms.work import Part
 from dancegrpo.config import RunConfig
+from dancegrpo.distributed import ALONE, World
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores
@@ -38,22 +39,50 @@ class Advantage:
 class Learning:
     """One scored batch, ready to learn from: what the updater asks, and what it tells.
 
-    parts: one per optimizer step. bucket: (B, K) int64, which items may share a forward pass. advantage: what the
-    scores were turned into, None where an algorithm has no such thing. scores: the judges' verdicts on the samples.
+    parts: one per optimizer step, the same on all ranks. bucket: (B, K) int64, which items may share a forward pass.
+    owner: (B,) int64, the rank that holds each sample. advantage: what the scores were turned into, None where an
+    algorithm has no such thing. scores: the judges' verdicts on the samples, all ranks' together.
     """
 
     parts: Sequence[Part]
     bucket: Tensor
+    owner: Tensor
     advantage: Advantage | None = None
     scores: Mapping[str, Scores]
 
-    def __init__(self) -> None:
-        self.scores = {}
+    def __init__(self, world: World) -> None:
+        self.world, self.scores = world, {}
+        self.silent = False
+        """Whether statistics are noted: not of items that another rank's need of company brings up again."""
         self._told: dict[str, list[Tensor]] = defaultdict(list)
 
     def loss(self, sample: Tensor, slot: Tensor) -> Tensor:
-        """Loss (N,) of the items (sample, slot), both (N,) int64, with gradient; notes its statistics."""
+        """Loss (N,) of the items (sample, slot), both (N,) int64 and held here, with gradient; notes its statistics."""
         raise NotImplementedError
+
+    def micro_batches(self, part: Part, size: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """(sample, slot) of this rank's items in runs of at most `size` of one bucket, and whether they count.
+
+        Ranks that make their forward passes together make equally many: those with fewer items repeat one of their own,
+        which does not count.
+        """
+        world, of_item = self.world, self.bucket[part.sample, part.slot]
+        for name in of_item.unique().tolist():
+            held = self.owner[part.sample[of_item == name]]
+            chosen = (of_item == name) & (self.owner[part.sample] == world.rank)
+            batches = list(zip(part.sample[chosen].split(size), part.slot[chosen].split(size), strict=True))
+            batches = [batch for batch in batches if len(batch[0])]
+            yield from ((sample, slot, True) for sample, slot in batches)
+            if world.joint:
+                most = int((-(-held.bincount(minlength=world.size) // size)).max())
+                yield from ((*self._company(name), False) for _ in range(most - len(batches)))
+
+    def _company(self, bucket: int) -> tuple[Tensor, Tensor]:
+        """One item of this rank, of the bucket where it has one."""
+        mine = (self.owner == self.world.rank)[:, None].expand_as(self.bucket)
+        found = (mine & (self.bucket == bucket)).nonzero()
+        found = found if len(found) else mine.nonzero()
+        return found[:1, 0], found[:1, 1]
 
     def before_step(self, index: int) -> None:
         """The gradients of part `index` are there; its optimizer step follows."""
@@ -63,12 +92,19 @@ class Learning:
 
     def metrics(self) -> dict[str, float | None]:
         """Statistics of all losses so far, by name under `train/`: the mean of each that was noted."""
-        return {f"train/{name}": float(torch.cat(told).double().mean()) for name, told in self._told.items()}
+        return {f"train/{name}": float(told.mean()) for name, told in self.noted().items()}
 
     def note(self, **statistics: Tensor) -> None:
         """Remembers (N,) values by name, without their graph."""
-        for name, values in statistics.items():
-            self._told[name].append(values.detach())
+        if not self.silent:
+            for name, values in statistics.items():
+                self._told[name].append(values.detach())
+
+    def noted(self) -> dict[str, Tensor]:
+        """What all ranks noted, (N,) float64 by name."""
+        names = sorted({name for told in self.world.gather_json(sorted(self._told)) for name in told})
+        own = {name: torch.cat(self._told[name]) if self._told[name] else torch.empty(0) for name in names}
+        return {name: self.world.gather(values.double()) for name, values in own.items()}
 
 
 @dataclass(frozen=True)
@@ -128,8 +164,14 @@ class Stateless:
 
     needs_reference = False
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, world: World = ALONE) -> None:
+        self.config, self.world = config, world
+
+    @property
+    def owner(self) -> Tensor:
+        """(B,) int64: the rank that draws each sample of a rollout."""
+        total = self.config.prompts.per_iteration * self.config.rollout.group_size
+        return self.world.owners(total, self.config.rollout.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""

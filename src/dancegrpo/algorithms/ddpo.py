@@ -12,6 +12,7 @@ from dancegrpo.advantages import standardize
 from dancegrpo.algorithms.base import Advantage
 from dancegrpo.algorithms.grpo import GRPO
 from dancegrpo.config import RunConfig
+from dancegrpo.distributed import ALONE, World
 from dancegrpo.noise import key
 from dancegrpo.prompts import Prompt
 
@@ -23,8 +24,8 @@ class DDPO(GRPO):
     starting noise of each sample's own (`rollout.shared_noise=false`), every step trained, the last too.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: RunConfig, world: World = ALONE) -> None:
+        super().__init__(config, world)
         self._known: dict[str, dict[str, list[float]]] = {}
 
     def _normalize(

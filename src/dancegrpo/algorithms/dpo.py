@@ -64,6 +64,7 @@ class DPO(GroupBaseline):
             return condition, iteration
         config = self.config
         settings: Any = {"seed": config.seed, "iteration": iteration, "on_batch": on_batch, "keep": "x0"}
+        settings["world"] = self.world
         return rollout(policy, condition, config.rollout, **settings), iteration
 
     def learn(
@@ -78,10 +79,13 @@ class DPO(GroupBaseline):
         if isinstance(found, Condition):
             size = self.config.rollout.batch_size
             return DPOLearning(self, policy, recorded_pairs(policy, found, prompts, iteration, size))
-        group = found.group.cpu()
+        group = torch.arange(len(prompts)).repeat_interleave(self.config.rollout.group_size)
         advantage = self.advantage(scores, group, prompts)
         winner, loser = best_and_worst(advantage.value, advantage.weight, group)
-        pairs = Preferences(found.x0[winner], found.x0[loser], found.group[winner], found.condition, iteration)
+        # The two of a pair may have been drawn by different ranks: everyone gets all.
+        x0 = self.world.gather(found.x0) if self.world.size > 1 else found.x0
+        better, worse = (x0[side.to(x0.device)].to(policy.device) for side in (winner, loser))
+        pairs = Preferences(better, worse, group[winner].to(policy.device), found.condition, iteration)
         learning = DPOLearning(self, policy, pairs)
         learning.scores = scores
         chosen = torch.zeros_like(advantage.weight)
@@ -129,7 +133,7 @@ class DPOLearning(Learning):
     """Pairs being learnt from: both of a pair at the same step with the same noise."""
 
     def __init__(self, algorithm: DPO, policy: Policy, pairs: Preferences) -> None:
-        super().__init__()
+        super().__init__(algorithm.world)
         config, count = algorithm.config, len(pairs.group)
         settings, updates = config.algorithm.dpo, config.update.updates_per_rollout
         self.policy, self.pairs, self.seed = policy, pairs, config.seed
@@ -138,16 +142,16 @@ class DPOLearning(Learning):
         everyone = torch.ones(count)
         dealt = deal(torch.zeros(count, dtype=torch.int64), everyone, updates)
         self.parts = work_list(dealt, everyone > 0, settings.draws, updates)
-        # Owned by the group, not by its place among those that make a pair.
-        self.owner = pairs.group.cpu()
-        owners = len(pairs.condition)
-        self.step = draw_steps(policy, owners, settings.draws, seed=self.seed, iteration=pairs.iteration)[self.owner]
+        self.owner = self.world.owners(count, 1)
+        # Keyed by the group, not by its place among those that make a pair.
+        self.group, groups = pairs.group.cpu(), len(pairs.condition)
+        self.step = draw_steps(policy, groups, settings.draws, seed=self.seed, iteration=pairs.iteration)[self.group]
         self.bucket = policy.bucket(self.step)
 
     def loss(self, sample: Tensor, slot: Tensor) -> Tensor:
         """See `Learning.loss`; notes how often the policy prefers the winner more than the start did, and how much."""
         pairs, policy = self.pairs, self.policy
-        noise = forward_noise(policy, self.owner[sample], slot, seed=self.seed, iteration=pairs.iteration)
+        noise = forward_noise(policy, self.group[sample], slot, seed=self.seed, iteration=pairs.iteration)
         step = self.step[sample, slot].to(policy.device)
         condition = pairs.condition[pairs.group[sample.to(policy.device)]]
         sides = [latents[sample.to(policy.device)] for latents in (pairs.winner, pairs.loser)]

@@ -15,6 +15,7 @@ from dancegrpo.algorithms.baseline import weighted_sum
 from dancegrpo.algorithms.policy_gradient import Pairs, PolicyGradient, PolicyGradientLearning, gather
 from dancegrpo.algorithms.work import deal
 from dancegrpo.config import RunConfig
+from dancegrpo.distributed import ALONE, World
 from dancegrpo.noise import generator, key
 from dancegrpo.objectives import mean_square, reward_weighted
 from dancegrpo.policies.base import Condition, Policy
@@ -31,8 +32,8 @@ class DPOK(PolicyGradient):
     The reward is the judges' weighted sum, raw; the value network learns it from the state, the condition and the step.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: RunConfig, world: World = ALONE) -> None:
+        super().__init__(config, world)
         self.needs_reference = config.algorithm.dpok.anchor_weight > 0
         self.value: ValueNetwork | None = None
         self._rollouts = 0
@@ -92,14 +93,17 @@ class DPOK(PolicyGradient):
             random = generator(seed, "value", self._rollouts, number)
             sample = known[torch.randint(len(known), (config.value_batch,), generator=random)]
             slot = torch.randint(trajectory.step.shape[1], (config.value_batch,), generator=random)
-            pairs = gather(trajectory, advantage, sample, slot, None)
+            mine = self.owner[sample] == self.world.rank
+            pairs = gather(trajectory, advantage, sample[mine] - trajectory.first, slot[mine], None)
             value.optimizer.zero_grad()
             with torch.enable_grad():
-                error = F.mse_loss(value(pairs.x_t, pairs.step, pairs.condition), pairs.advantage)
+                guess = value(pairs.x_t, pairs.step, pairs.condition)
+                error = F.mse_loss(guess, pairs.advantage, reduction="sum") / config.value_batch
                 error.backward()
+            self.world.sum_gradients(list(value.parameters()))
             value.optimizer.step()
         self._rollouts += 1
-        return error.detach()
+        return self.world.sum(error.detach().reshape(1))[0]
 
     def _value_network(self, policy: Policy, condition: Condition) -> ValueNetwork:
         if self.value is None:

@@ -9,6 +9,7 @@ from dancegrpo.algorithms.base import Workload
 from dancegrpo.algorithms.baseline import GroupBaseline
 from dancegrpo.algorithms.policy_gradient import Pairs, PolicyGradient, PolicyGradientLearning, transition
 from dancegrpo.config import RunConfig
+from dancegrpo.distributed import ALONE, World
 from dancegrpo.errors import ConfigError
 from dancegrpo.objectives import clipped_surrogate, guarded_log_ratio
 from dancegrpo.policies.base import Policy
@@ -18,8 +19,8 @@ from dancegrpo.sde import FlowDynamics, Gaussian
 class GRPO(GroupBaseline, PolicyGradient):
     """The paper's algorithm: group-relative advantages, the clipped surrogate, optionally a KL to the start."""
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: RunConfig, world: World = ALONE) -> None:
+        super().__init__(config, world)
         self.needs_reference = config.algorithm.kl_weight > 0
         self.keep = "means" if config.algorithm.guard else "transitions"
 

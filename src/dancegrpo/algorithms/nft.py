@@ -14,6 +14,7 @@ from dancegrpo.algorithms.baseline import GroupBaseline
 from dancegrpo.algorithms.forward import draw_steps, forward_noise
 from dancegrpo.algorithms.work import work_list
 from dancegrpo.config import RunConfig
+from dancegrpo.distributed import ALONE, World, laid_out, whole
 from dancegrpo.objectives import nft_loss, optimality
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.prompts import Prompt
@@ -30,8 +31,8 @@ class NFT(GroupBaseline):
     implicit positive and negative policies lean from it to either side.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: RunConfig, world: World = ALONE) -> None:
+        super().__init__(config, world)
         self.old: dict[str, Tensor] | None = None
 
     def workload(self, policy: Policy) -> Workload:
@@ -46,6 +47,7 @@ class NFT(GroupBaseline):
         self._follow(policy)
         config = self.config
         settings: Any = {"seed": config.seed, "iteration": iteration, "on_batch": on_batch, "keep": "x0"}
+        settings["world"] = self.world
         with self.sampling_policy(policy):
             return rollout(policy, condition, config.rollout, **settings), iteration
 
@@ -56,7 +58,9 @@ class NFT(GroupBaseline):
         if self.old is None:
             self.old = {name: weight.clone() for name, weight in current.items()}
             return
-        self.old = {name: self.old[name].to(weight.device) for name, weight in current.items()}  # loaded: on the CPU
+        self.old = {
+            name: laid_out(self.old[name], weight) for name, weight in current.items()
+        }  # loaded: whole, on the CPU
         decay = self.config.algorithm.nft.old_decay
         torch._foreach_lerp_(list(self.old.values()), list(current.values()), 1.0 - decay)
 
@@ -72,15 +76,14 @@ class NFT(GroupBaseline):
     ) -> NFTLearning:
         """See `Algorithm.learn`."""
         trajectory, iteration = batch
-        learning = NFTLearning(
-            self, policy, trajectory, self.advantage(scores, trajectory.group.cpu(), prompts), iteration
-        )
+        group = torch.arange(len(prompts)).repeat_interleave(self.config.rollout.group_size)
+        learning = NFTLearning(self, policy, trajectory, self.advantage(scores, group, prompts), iteration)
         learning.scores = scores
         return learning
 
     def tensors(self) -> dict[str, Tensor]:
         """The sampling policy's weights."""
-        return dict(self.old or {})
+        return {name: whole(weight) for name, weight in (self.old or {}).items()}
 
     def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Restores `tensors`."""
@@ -93,23 +96,24 @@ class NFTLearning(Learning):
     def __init__(
         self, algorithm: NFT, policy: Policy, trajectory: Trajectory, advantage: Advantage, iteration: int
     ) -> None:
-        super().__init__()
+        super().__init__(algorithm.world)
         config = algorithm.config
         settings, updates = config.algorithm.nft, config.update.updates_per_rollout
         self.algorithm, self.policy, self.trajectory, self.iteration = algorithm, policy, trajectory, iteration
         self.advantage = advantage
         self.optimality = optimality(advantage.value, config.advantage.clamp or _DEFAULT_BOUND)
         # A sample of no advantage is half positive, half negative: it has a gradient, unlike in GRPO.
-        dealt = algorithm.deal(advantage, trajectory.group.cpu())
+        total = len(advantage.value)
+        dealt = algorithm.deal(advantage, torch.arange(total) // (total // len(trajectory.condition)))
         self.parts = work_list(dealt, torch.ones_like(advantage.valid), settings.draws, updates)
         draws: Any = {"seed": config.seed, "iteration": iteration}
-        self.step = draw_steps(policy, len(trajectory), settings.draws, **draws)
-        self.bucket = policy.bucket(self.step)
+        self.step = draw_steps(policy, total, settings.draws, **draws)
+        self.bucket, self.owner = policy.bucket(self.step), algorithm.owner
 
     def loss(self, sample: Tensor, slot: Tensor) -> Tensor:
         """See `Learning.loss`."""
         policy, config = self.policy, self.algorithm.config
-        here = sample.to(policy.device)
+        here = (sample - self.trajectory.first).to(policy.device)
         x0, step = self.trajectory.x0[here], self.step[sample, slot].to(policy.device)
         condition = self.trajectory.condition[self.trajectory.group[here]]
         noise = forward_noise(policy, sample, slot, seed=config.seed, iteration=self.iteration)

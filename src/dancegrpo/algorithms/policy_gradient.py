@@ -45,7 +45,10 @@ class Pairs:
 
 
 def gather(trajectory: Trajectory, advantage: Advantage, sample: Tensor, slot: Tensor, old: Tensor | None) -> Pairs:
-    """The rows (sample, slot) of a trajectory as one micro-batch; old: (B, K) log-probs, None on-policy."""
+    """The rows (sample, slot) of a trajectory as one micro-batch; old: (B, K) log-probs, None on-policy.
+
+    sample: places in this trajectory. advantage: of the samples of all ranks.
+    """
     device = trajectory.log_prob.device
     x_t, x_next = (fetch(latents, sample, slot, device) for latents in (trajectory.x_t, trajectory.x_next))
     means = trajectory.mean if old is not None else None
@@ -56,7 +59,7 @@ def gather(trajectory: Trajectory, advantage: Advantage, sample: Tensor, slot: T
         x_next=x_next,
         step=trajectory.step[sample, slot],
         noise_level=trajectory.noise_level[sample, slot],
-        advantage=value[sample],
+        advantage=value[sample + trajectory.first],
         condition=trajectory.condition[trajectory.group[sample]],
         old_log_prob=None if old is None else old[sample, slot],
         old_mean=mean,
@@ -98,6 +101,7 @@ class PolicyGradient(Stateless):
             reduction=config.algorithm.log_prob_reduction,
             on_batch=on_batch,
             keep=self.keep,
+            world=self.world,
         )
 
     @abstractmethod
@@ -125,12 +129,13 @@ class PolicyGradient(Stateless):
         self, policy: Policy, batch: Trajectory, scores: Mapping[str, Scores], prompts: Sequence[Prompt]
     ) -> PolicyGradientLearning:
         """See `Algorithm.learn`."""
-        learning = self.learning(policy, batch, self.advantage(scores, batch.group.cpu(), prompts))
+        group = torch.arange(len(prompts)).repeat_interleave(self.config.rollout.group_size)
+        learning = self.learning(policy, batch, self.advantage(scores, group, prompts))
         learning.scores = scores
         return learning
 
     def learning(self, policy: Policy, trajectory: Trajectory, advantage: Advantage) -> PolicyGradientLearning:
-        """A rollout with known advantages, ready to learn from."""
+        """A rollout with known advantages (of all ranks' samples), ready to learn from."""
         return PolicyGradientLearning(self, policy, trajectory, advantage)
 
 
@@ -142,25 +147,27 @@ class PolicyGradientLearning(Learning):
     """
 
     def __init__(self, algorithm: PolicyGradient, policy: Policy, trajectory: Trajectory, advantage: Advantage) -> None:
-        super().__init__()
+        super().__init__(algorithm.world)
         config = algorithm.config
         self.algorithm, self.policy, self.trajectory = algorithm, policy, trajectory
         self.advantage, self._advantage = advantage, advantage
         active = (advantage.value != 0) | algorithm.everywhere
-        dealt = algorithm.deal(advantage, trajectory.group.cpu())
-        updates, steps = config.update.updates_per_rollout, trajectory.step.shape[1]
-        self.parts: list[Part] = work_list(dealt, active, steps, updates)
-        self.bucket = policy.bucket(trajectory.step.cpu())
+        step = self.world.gather(trajectory.step)
+        group = torch.arange(len(step)) // (len(step) // len(trajectory.condition))
+        dealt = algorithm.deal(advantage, group)
+        self.parts: list[Part] = work_list(dealt, active, step.shape[1], config.update.updates_per_rollout)
+        self.bucket, self.owner = policy.bucket(step), self.world.owners(len(step), config.rollout.batch_size)
         self.old_log_prob, self.moved = trajectory.log_prob, False
 
     def loss(self, sample: Tensor, slot: Tensor) -> Tensor:
         """See `Learning.loss`; notes the rollout/trainer difference while the policy has not moved."""
         trajectory, known = self.trajectory, len(self._told["log_prob"])
-        pairs = gather(trajectory, self._advantage, sample, slot, self.old_log_prob if self.moved else None)
+        here = sample - trajectory.first
+        pairs = gather(trajectory, self._advantage, here, slot, self.old_log_prob if self.moved else None)
         loss = self.algorithm.objective(self.policy, pairs, self)
-        if not self.moved:
+        if not self.moved and not self.silent:
             (log_prob,), (first,) = self._told["log_prob"][known:], self._told["ratio"][known:]
-            self.note(first=first, replay=(log_prob - trajectory.log_prob[sample, slot]).abs())
+            self.note(first=first, replay=(log_prob - trajectory.log_prob[here, slot]).abs())
         return loss
 
     def note_ratio(self, log_prob: Tensor, old_log_prob: Tensor) -> None:
@@ -180,7 +187,8 @@ class PolicyGradientLearning(Learning):
         if self.moved:
             return
         config = self.algorithm.config
-        largest = float(torch.cat(self._told["replay"]).max())
+        own = self._told["replay"]
+        largest = self.world.largest(float(torch.cat(own).max()) if own else 0.0)  # the same on all ranks
         elements = 1 if config.algorithm.log_prob_reduction == "mean" else math.prod(self.policy.latent_shape)
         if not largest / elements <= REPLAY_LIMIT:
             raise ModelError(
@@ -199,14 +207,15 @@ class PolicyGradientLearning(Learning):
     def _recompute(self, parts: list[Part]) -> Tensor:
         log_prob, size = self.trajectory.log_prob.clone(), self.algorithm.config.update.micro_batch_size
         for part in parts:
-            for sample, slot in part.micro_batches(size, self.bucket):
-                pairs = gather(self.trajectory, self._advantage, sample, slot, None)
-                log_prob[sample, slot] = self.algorithm.log_prob(self.policy, pairs)
+            for sample, slot, _ in self.micro_batches(part, size):
+                here = sample - self.trajectory.first
+                pairs = gather(self.trajectory, self._advantage, here, slot, None)
+                log_prob[here, slot] = self.algorithm.log_prob(self.policy, pairs)
         return log_prob
 
     def metrics(self) -> dict[str, float | None]:
         """Ratio, clipping, KL and the rollout/trainer difference; None where nothing was trained."""
-        told = {name: torch.cat(values).double() for name, values in self._told.items() if values}
+        told = {name: values for name, values in self.noted().items() if len(values)}
         names = {"ratio_mean": "ratio", "ratio_first": "first", "clip_fraction": "clipped"}
         names |= {name: name for name in ("approx_kl", "kl", *sorted(told.keys() - _KNOWN))}
         means = {f"train/{name}": float(told[key].mean()) if key in told else None for name, key in names.items()}

@@ -13,6 +13,7 @@ from dancegrpo.algorithms.base import Learning, Stateless, Workload
 from dancegrpo.algorithms.baseline import weighted_sum
 from dancegrpo.algorithms.work import deal, work_list
 from dancegrpo.config import RunConfig
+from dancegrpo.distributed import ALONE, World
 from dancegrpo.errors import ConfigError
 from dancegrpo.noise import generator
 from dancegrpo.objectives import refl_loss
@@ -24,7 +25,8 @@ from dancegrpo.sampling import OnBatch, states
 
 @dataclass(frozen=True)
 class LateStates:
-    """B samples stopped on their way. x_t: (B, *S), step: (B,) int64, each where its step with gradient begins."""
+    """B samples stopped on their way. x_t: (B, *S), those of this rank; step: (B,) int64, of all, each where its step
+    with gradient begins. group: (B,) int64 into condition."""
 
     x_t: Tensor
     step: Tensor
@@ -38,8 +40,8 @@ class ReFL(Stateless):
     Every trained judge must be differentiable. Published: no classifier-free guidance, 40 steps, batch 64.
     """
 
-    def __init__(self, config: RunConfig, judges: Judges) -> None:
-        super().__init__(config)
+    def __init__(self, config: RunConfig, judges: Judges, world: World = ALONE) -> None:
+        super().__init__(config, world)
         trained = judges.trained
         self.judges = Judges({n: judges.rewards[n] for n in trained}, {n: judges.weights[n] for n in trained})
         self.watching = Judges({n: judge for n, judge in judges.rewards.items() if n not in judges.trained})
@@ -67,7 +69,8 @@ class ReFL(Stateless):
             for g, s in rows
         ]
         step = policy.dynamics.num_steps - 1 - torch.tensor(picked)
-        x_t = states(policy, condition, config, step, seed=self.config.seed, iteration=iteration)
+        key = {"seed": self.config.seed, "iteration": iteration}
+        x_t = states(policy, condition, config, step, **key, world=self.world)
         group = torch.tensor([g for g, _ in rows])
         return LateStates(x_t, step.to(policy.device), group.to(policy.device), condition)
 
@@ -82,13 +85,14 @@ class ReFLLearning(Learning):
     """Late states being learnt from; the judges are asked here, once per sample, with gradient."""
 
     def __init__(self, algorithm: ReFL, policy: Policy, batch: LateStates, prompts: Sequence[Prompt]) -> None:
-        super().__init__()
+        super().__init__(algorithm.world)
         self.algorithm, self.policy, self.batch, self.prompts = algorithm, policy, batch, prompts
         count, updates = len(batch.step), algorithm.config.update.updates_per_rollout
         everyone = torch.ones(count)
         dealt = deal(torch.zeros(count, dtype=torch.int64), everyone, updates)
         self.parts = work_list(dealt, everyone > 0, 1, updates)
-        self.bucket = policy.bucket(batch.step.cpu()[:, None])
+        self.bucket, self.owner = policy.bucket(batch.step.cpu()[:, None]), algorithm.owner
+        self.first = int((self.owner == self.world.rank).nonzero()[0])
         self._asked: list[tuple[Tensor, dict[str, Scores]]] = []
 
     def loss(self, sample: Tensor, slot: Tensor) -> Tensor:
@@ -96,7 +100,7 @@ class ReFLLearning(Learning):
         batch, policy, judges = self.batch, self.policy, self.algorithm.judges
         config = self.algorithm.config.algorithm.refl
         here = sample.to(policy.device)
-        x_t, step, condition = batch.x_t[here], batch.step[here], batch.condition[batch.group[here]]
+        x_t, step, condition = batch.x_t[here - self.first], batch.step[here], batch.condition[batch.group[here]]
         x0 = policy.dynamics.x0(x_t, policy.predict(x_t, step, condition), step)
         media, prompts = policy.decode(x0, condition), [self.prompts[g] for g in batch.group[here].tolist()]
         told = judges.score(media, prompts)
@@ -107,14 +111,16 @@ class ReFLLearning(Learning):
         total = total + 0.0 * x0.flatten(1).sum(1)
         with torch.no_grad():
             told |= self.algorithm.watching.score(media.detach(), prompts)
-        self._asked.append((sample, {name: _detached(scores) for name, scores in told.items()}))
+        if not self.silent:
+            self._asked.append((sample, {name: _detached(scores) for name, scores in told.items()}))
         return refl_loss(total, config.margin, config.loss_scale)
 
     def metrics(self) -> dict[str, float | None]:
         """See `Learning.metrics`; from here on `scores` are those of all samples, in their order."""
         order = torch.cat([sample for sample, _ in self._asked]).argsort()
         names = self._asked[0][1]
-        self.scores = {name: _rows(Scores.cat([told[name] for _, told in self._asked]), order) for name in names}
+        own = {name: _rows(Scores.cat([told[name] for _, told in self._asked]), order) for name in names}
+        self.scores = {name: scores.gathered(self.world) for name, scores in own.items()}
         return super().metrics()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +24,6 @@ class Part:
         """What one item's loss is multiplied with, so that the sum over the part is the mean over its selected samples
         of the mean over their K slots."""
         return 1.0 / max(1, self.total)
-
-    def micro_batches(self, size: int, bucket: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(sample, slot) in runs of at most `size` items of one bucket. bucket: (B, K) int64, of every item."""
-        of_item = bucket[self.sample, self.slot]
-        for name in of_item.unique().tolist():
-            chosen = of_item == name
-            yield from zip(self.sample[chosen].split(size), self.slot[chosen].split(size), strict=True)
 
 
 def deal(group: Tensor, weight: Tensor, num_parts: int) -> Tensor:

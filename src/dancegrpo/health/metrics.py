@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dancegrpo.algorithms import Advantage
 from dancegrpo.config import RunConfig
+from dancegrpo.distributed import World
 from dancegrpo.image_statistics import STATISTICS
 from dancegrpo.rewards.base import Scores, as_media
 from dancegrpo.sampling import step_plan
@@ -115,6 +116,15 @@ class Looks:
         small = torch.nn.functional.adaptive_avg_pool2d(frames, THUMBNAIL)
         self._thumbnails.append(small.reshape(len(media), -1))
 
+    def gathered(self, world: World) -> Looks:
+        """Those of all ranks' samples, in their order; every rank must ask."""
+        if world.size == 1 or not self._columns:  # all ranks draw, or none does
+            return self
+        whole = Looks()
+        whole._columns = {n: [world.gather(torch.cat(parts))] for n, parts in sorted(self._columns.items())}
+        whole._thumbnails = [world.gather(torch.cat(self._thumbnails))]
+        return whole
+
     def metrics(self, group: Tensor, advantage: Advantage | None = None) -> dict[str, float | None]:
         """What valid samples look like; {} where no samples came.
 
@@ -198,9 +208,13 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def use_threads(count: int) -> int:
-    """Gives torch `count` CPU threads, or one per core this process may use where it is 0; returns how many."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def use_threads(count: int, neighbours: int = 1) -> int:
+    """Gives torch `count` CPU threads, or where it is 0 its share of the cores; returns how many.
+
+    neighbours: processes of this run on this machine, this one included.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = max(1, cores // neighbours)
     torch.set_num_threads(count or available)
     return count or available
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dancegrpo.distributed import World
 from dancegrpo.errors import ConfigError
 from dancegrpo.policies.export import ModelCard
 from dancegrpo.prompts import Prompt
@@ -151,6 +152,18 @@ class Policy(ABC):
 
         weights: one tensor per name of `trainable()`, of its shape. Raises ValueError otherwise.
         """
+
+    def shard(self, world: World) -> None:
+        """Shares the trained weights out among the ranks of `world`, after `keep_reference` and before anything else.
+
+        Raises ConfigError for a policy that cannot.
+        """
+        if world.joint:
+            raise ConfigError(f"parallel.fsdp={world.fsdp}: {type(self).__name__} cannot be sharded, set it to 1")
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around one of several backward passes whose gradients add up; over sharded ranks they do in the last."""
+        return nullcontext()
 
     @abstractmethod
     def keep_reference(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dancegrpo.distributed import World, laid_out, local, shard, sharded
 from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.files import write_atomically
 from dancegrpo.noise import key
@@ -328,13 +329,33 @@ class PipelinePolicy(Policy):
             if full or ".lora_" in name
         }
 
+    def shard(self, world: World) -> None:
+        """See `Policy.shard`: FSDP2 on every denoiser and on the references kept."""
+        if world.fsdp > 1:
+            for module in (*self.modules.values(), *self._references.values()):
+                shard(module, world)
+
+    @contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        """See `Policy.accumulating`."""
+        for module in self.modules.values():
+            for part in sharded(module)[:1]:
+                part.set_requires_gradient_sync(last)
+        yield
+
     @contextmanager
     def use_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """See `Policy.use_weights`."""
+        # Forward passes without a backward one leave the outermost weights gathered.
+        self._reshard()
         own = self.trainable()
         wrong = sorted(own.keys() ^ weights.keys()) or [n for n in own if own[n].shape != weights[n].shape]
         if wrong:
             raise ValueError(f"{len(wrong)} weights do not fit the trained ones, {wrong[0]} first.")
+        if any(sharded(module) for module in self.modules.values()):
+            with self._exchanged(own, weights):
+                yield
+            return
         kept = {name: parameter.data for name, parameter in own.items()}
         try:
             for name, parameter in own.items():
@@ -343,6 +364,26 @@ class PipelinePolicy(Policy):
         finally:
             for name, parameter in own.items():
                 parameter.data = kept[name]
+
+    @contextmanager
+    def _exchanged(self, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """FSDP2 owns the storage of its shards: values are exchanged in place."""
+        kept = {name: local(parameter.detach()).clone() for name, parameter in own.items()}
+        try:
+            with torch.no_grad():
+                for name, parameter in own.items():
+                    local(parameter.detach()).copy_(local(laid_out(weights[name], parameter)))
+            yield
+        finally:
+            self._reshard()
+            with torch.no_grad():
+                for name, parameter in own.items():
+                    local(parameter.detach()).copy_(kept[name])
+
+    def _reshard(self) -> None:
+        for module in self.modules.values():
+            for part in sharded(module):
+                part.reshard()
 
     def keep_reference(self) -> None:
         """See `Policy.keep_reference`."""

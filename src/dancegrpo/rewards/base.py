@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dancegrpo.distributed import World
 from dancegrpo.errors import DanceError, RewardError
 from dancegrpo.prompts import Prompt
 
@@ -60,6 +61,21 @@ class Scores:
         values = torch.cat([part.values for part in parts])
         return Scores(values, torch.cat([part.valid for part in parts]), extra, dict(causes))
 
+    def gathered(self, world: World) -> Scores:
+        """The verdicts on all data ranks' samples, in their order, on the CPU; every rank must ask."""
+        if world.size == 1:
+            return self
+        kinds = {name: kind for told in world.gather_json(_kinds(self.extra)) for name, kind in told.items()}
+        extra = {}
+        for name, kind in sorted(kinds.items()):
+            column = self.extra.get(name, torch.full((len(self),), torch.nan if kind == "float32" else 0))
+            extra[name] = world.gather(column.float()).to(getattr(torch, kind))
+        causes: Counter[str] = Counter()
+        for told in world.gather_json(dict(self.causes)):
+            causes.update(told)
+        valid = world.gather(self.valid.to(torch.uint8)).bool()
+        return Scores(world.gather(self.values.float()), valid, extra, dict(causes))
+
     def mask(self, where: Tensor, cause: str) -> Scores:
         """These scores without the samples `where` (B,) bool; those that were valid until now are counted."""
         newly = int((where & self.valid).sum())
@@ -71,6 +87,12 @@ class Scores:
         """The same scores on another device."""
         extra = {name: column.to(device) for name, column in self.extra.items()}
         return replace(self, values=self.values.to(device), valid=self.valid.to(device), extra=extra)
+
+
+def _kinds(columns: Mapping[str, Tensor]) -> dict[str, str]:
+    return {
+        name: "float32" if c.is_floating_point() else str(c.dtype).removeprefix("torch.") for name, c in columns.items()
+    }
 
 
 def _filler(like: Tensor, size: int) -> Tensor:

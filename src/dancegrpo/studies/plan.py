@@ -18,7 +18,7 @@ TUNING_SEED = 1000
 """Never among the studied seeds."""
 TUNING_EVALUATION_SEED = 4321
 """Picks other held-out prompts for tuning than those the study is measured on."""
-NOT_IDENTITY = {"name", "description", "output", "threads", "tracking", "checkpoint"}
+NOT_IDENTITY = {"name", "description", "output", "threads", "tracking", "checkpoint", "parallel"}
 """Settings that do not touch what a run computes."""
 
 

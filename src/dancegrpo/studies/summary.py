@@ -186,7 +186,8 @@ class Evidence:
 
     def _on_edge(self, arm: str, candidate: Mapping[str, object]) -> bool:
         """Whether a value of the candidate is the least or largest of those in its grid: better ones may lie beyond."""
-        grids = {key: [v for v in tried if is_number(v)] for key, tried in self.study.arms[arm].tune.items()}
+        tune = self.study.arms[arm].tune
+        grids = {key: [float(v) for v in tried if isinstance(v, (int, float))] for key, tried in tune.items()}
         return any(len(grid) > 1 and candidate[key] in (min(grid), max(grid)) for key, grid in grids.items() if grid)
 
     def verdicts(self) -> list[Verdict]:

@@ -1,0 +1,56 @@
+"""What would only show hours into a run, refused before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dancegrpo.config import RunConfig
+from dancegrpo.distributed import World
+from dancegrpo.errors import ConfigError
+from dancegrpo.policies import Policy
+from dancegrpo.prompts import Prompt, PromptSource
+
+
+def require_batches(config: RunConfig, world: World) -> None:
+    """Raises ConfigError where a rank would have nothing to sample, or a judge would be asked by all at once."""
+    ranks = world.size
+    total, size = config.prompts.per_iteration * config.rollout.group_size, config.rollout.batch_size
+    if ranks > -(-total // size):
+        raise ConfigError(
+            f"{total} samples in batches of rollout.batch_size={size} are too few for {ranks} ranks: lower it to "
+            f"{max(1, total // ranks)}, or start fewer processes"
+        )
+    people = [name for name, reward in config.rewards.items() if reward.judge == "human"]
+    if world.size > 1 and people:
+        raise ConfigError(
+            f"rewards.{people[0]}.judge=human would open a page on each of {world.size} processes: serve it "
+            "with `dancegrpo serve-reward human` and take judge=service"
+        )
+
+
+def refuse_idle_negative(config: RunConfig, policy: Policy) -> None:
+    """Raises ConfigError for a negative prompt that the model would never be told."""
+    negative, model = config.prompts.negative, config.model
+    if negative and not policy.guided:
+        scale = "true_cfg_scale" if "true_cfg_scale" in getattr(policy, "settings", ()) else "guidance_scale"
+        raise ConfigError(
+            f"prompts.negative={negative!r} would do nothing: {model.path} at model.{scale}="
+            f"{getattr(model, scale):g} uses no classifier-free guidance; leave it empty"
+        )
+
+
+def require_images(config: RunConfig, policy: Policy, train: PromptSource, held_out: Sequence[Prompt]) -> None:
+    """Raises ConfigError where the model animates images and the prompts bring none."""
+    if not policy.takes_image:
+        return
+    prompts = config.prompts
+    lacking = next((f"held-out prompt {prompt.id}" for prompt in held_out if prompt.image is None), None)
+    for key, source, place in (
+        ("train", prompts.train, train.first_without_image),
+        ("evaluation", prompts.evaluation, lacking),
+    ):
+        if place is not None:
+            raise ConfigError(
+                f"prompts.{key}={source} has prompts without images ({place} first), and {config.model.path} "
+                "animates images: give each an `image`, or draw them first (`dancegrpo make-images`)"
+            )
