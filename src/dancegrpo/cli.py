@@ -69,6 +69,8 @@ def train(
         # With --resume the recipe may be left out, so the first word can be an override.
         settings, recipe = [recipe, *settings], None
     result = run(recipe, overrides=settings, out=out, resume=resume)
+    if not result.main:
+        return  # one of several processes speaks for all
     told = {"run_dir": str(result.run_dir), "report": str(result.report), "iterations": result.iterations}
     _print(told, f"run:    {result.run_dir}\nreport: {result.report}", as_json)
 

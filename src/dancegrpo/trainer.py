@@ -67,6 +67,8 @@ class RunResult:
     report: Path
     iterations: int
     """Iterations finished in all."""
+    main: bool = True
+    """False on those of several processes that leave writing and printing to the first."""
 
 
 def train(
@@ -174,7 +176,7 @@ class Trainer:
             report = write_report(folder.path) if self.world.main else folder.path / FILE_NAME
             self.world.barrier()
             progress.message(f"{status} after {done} iterations")
-        return RunResult(folder.path, report, done)
+        return RunResult(folder.path, report, done, self.world.main)
 
     def _loop(
         self, folder: RunFolder, start: int, progress: Progress, tracker: Tracker, stopped: threading.Event
