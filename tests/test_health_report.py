@@ -40,7 +40,7 @@ def test_an_alarm_stands_in_the_findings_with_its_iteration(tmp_path):
 def test_a_run_that_was_not_to_be_watched_has_no_alarms(tmp_path):
     folder = written(tmp_path, spiking)
     file = folder / "config.yaml"
-    file.write_text(file.read_text().replace("watch: rollback", "watch: 'off'"))
+    file.write_text(file.read_text().replace("watch: rollback", "watch: none"))
     assert not any(title.startswith("Spike") for _, title in told(folder))
 
 

@@ -439,8 +439,8 @@ class CheckpointConfig(Frozen):
 class HealthConfig(Frozen):
     """What watches over a run, and what it may do (see `docs/health.md`)."""
 
-    watch: Literal["off", "alarms", "rollback"] = "rollback"
-    """`off`: nothing; `alarms`: says what it finds; `rollback`: also skips spiking updates, goes back to the last good
+    watch: Literal["none", "alarms", "rollback"] = "rollback"
+    """`none`: nothing; `alarms`: says what it finds; `rollback`: also skips spiking updates, goes back to the last good
     state after several or a collapse, and in the end stops."""
     spike: Annotated[Float, Field(gt=1)] = 8.0
     """A gradient norm this many times its running median is a spike."""

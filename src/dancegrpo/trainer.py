@@ -222,7 +222,7 @@ class Trainer:
 
     def _watch(self, metrics: dict[str, Any], progress: Progress) -> Decision:
         """Tells of what is wrong with an iteration, adds the count of alarms to its metrics, and says what to do."""
-        alarms = self.monitor.see(metrics) if self.config.health.watch != "off" else []
+        alarms = self.monitor.see(metrics) if self.config.health.watch != "none" else []
         metrics["health/alarms"] = len(self.monitor.standing)
         for alarm in alarms:
             progress.message(alarm.sentence)
@@ -246,7 +246,7 @@ class Trainer:
                     media = policy.decode(x0, told)
                 with clock("reward"):
                     scoring.add(media)
-                if config.health.watch != "off":
+                if config.health.watch != "none":
                     looks.add(media)
 
             with clock("rollout"):

@@ -55,7 +55,7 @@ def _alarms(run: RunFolder, told: set[str]) -> list[Finding]:
 
     told: alarms of which the whole run's numbers have spoken.
     """
-    if run.setting("health.watch") == "off":
+    if run.setting("health.watch") == "none":
         return []
     alarms = [alarm for alarm in alarms_of(run.config, run.metrics) if alarm.name not in told]
     found = [

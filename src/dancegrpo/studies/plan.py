@@ -18,7 +18,7 @@ TUNING_SEED = 1000
 """Never among the studied seeds."""
 TUNING_EVALUATION_SEED = 4321
 """Picks other held-out prompts for tuning than those the study is measured on."""
-NOT_IDENTITY = {"name", "description", "output", "threads", "tracking", "checkpoint", "parallel"}
+NOT_IDENTITY = {"name", "description", "output", "threads", "tracking", "checkpoint", "parallel", "health"}
 """Settings that do not touch what a run computes."""
 
 
@@ -128,6 +128,8 @@ class Plan:
         settings = [*study.settings, *(place.settings if place else ()), *chosen.settings]
         settings += [f"{key}={json.dumps(value)}" for key, value in {**tuned, **(candidate or {})}.items()]
         settings += [f"seed={seed}", f"name={study.name}-{arm}", "tracking.backend=none", "checkpoint.keep=1"]
+        # An algorithm that collapses is to be seen collapsing.
+        settings.append("health.watch=none")
         try:
             config = load_config(recipe, settings)
             if candidate is not None:
