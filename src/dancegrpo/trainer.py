@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,9 @@ from torch import Tensor
 from dancegrpo import evaluate as measure
 from dancegrpo.algorithms import build_algorithm
 from dancegrpo.background import BackgroundWriter
-from dancegrpo.checkpoint import Checkpoint, drop_after, load_latest, save, truncate_metrics
 from dancegrpo.config import RunConfig, load_config
 from dancegrpo.distributed import ALONE, World, started
 from dancegrpo.errors import ConfigError
-from dancegrpo.files import write_json
 from dancegrpo.group_sampler import GroupSampler
 from dancegrpo.health import (
     Clock,
@@ -36,25 +34,20 @@ from dancegrpo.health import (
     reward_metrics,
     use_threads,
 )
+from dancegrpo.milestones import Milestones
 from dancegrpo.policies import Condition, Policy, load_policy
 from dancegrpo.policies.cache import CachedEncoder, ConditionCache
 from dancegrpo.preferences import match_pairs
 from dancegrpo.progress import Progress
 from dancegrpo.prompts import Prompt, open_prompts
 from dancegrpo.report import FILE_NAME, write_report
-from dancegrpo.rewards import (
-    MIN_VALID_FRACTION,
-    Judges,
-    Reward,
-    Scores,
-)
+from dancegrpo.rewards import Judges, Reward, Scores
 from dancegrpo.run_checks import refuse_idle_negative, require_batches, require_images
 from dancegrpo.run_folder import RunFolder
 from dancegrpo.run_plan import RunPlan
 from dancegrpo.run_settings import find_judge, resumed_config, with_rewards
-from dancegrpo.samples import MOVING_SHEET, SHEET, write_samples
+from dancegrpo.run_state import RunState
 from dancegrpo.sampling import step_plan
-from dancegrpo.statistics import summarize
 from dancegrpo.tracking import Tracker, open_tracker
 from dancegrpo.update import Updater
 
@@ -151,13 +144,25 @@ class Trainer:
         self.plan = RunPlan(config, self.policy, self.algorithm)
         self.plan.derived()  # what cannot be is refused before there is a folder
         self.writer = BackgroundWriter()
+        self.state = RunState(config, self.updater, self.algorithm, self.judges, self.guard, world)
+        self.milestones = Milestones(
+            config,
+            self.policy,
+            self.encoder,
+            self.judges,
+            self.prompts,
+            self.held_out,
+            self.updater,
+            self.writer,
+            world,
+        )
 
     def fit(self, folder: RunFolder, *, resume: bool = False) -> RunResult:
         """Runs to `config.iterations`, leaving checkpoints, evaluations, samples and the report in the folder."""
         config, status = self.config, "failed"
         console = Console(stderr=True, quiet=not self.world.main)  # standard output is for results
         with Progress(config.iterations, 0, config.name, console=console) as progress, _stop_requests() as stopped:
-            done, seconds = self._restore(folder, progress) if resume else (0, 0.0)
+            done, seconds = self._resume(folder, progress) if resume else (0, 0.0)
             self._epoch = time.perf_counter() - seconds
             folder.describe_machine(str(self.policy.device), self.threads, self.plan.derived())
             progress.message(self.plan.text())
@@ -172,7 +177,7 @@ class Trainer:
                 status = "finished" if done >= config.iterations else "stopped"
             finally:
                 tracker.finish()
-                folder.write_info(status=status, seconds=time.perf_counter() - self._epoch)
+                folder.write_info(status=status, seconds=self._seconds())
             report = write_report(folder.path) if self.world.main else folder.path / FILE_NAME
             self.world.barrier()
             progress.message(f"{status} after {done} iterations")
@@ -183,7 +188,7 @@ class Trainer:
     ) -> int:
         """Iterations `start` to the last; returns how many are done. A request to stop is heard after each."""
         config, done, world = self.config, start, self.world
-        self._evaluate_if_due(folder, done, progress, tracker)
+        self.milestones.reach(folder, done, progress, tracker)
         asked = world.any(stopped.is_set())
         while done < config.iterations and not asked:
             metrics = self.iterate(done)
@@ -193,9 +198,9 @@ class Trainer:
             progress.iteration(metrics)
             done += 1
             if decision.action == "roll back":
-                self._roll_back(folder, done, decision, progress)
+                self.state.roll_back(folder, done, self._seconds(), decision, progress)
             elif decision.action == "stop":
-                self._save(folder, done)
+                self.state.save(folder, done, self._seconds())
                 folder.write_info(verdict=decision.reason)
                 progress.message(decision.reason)
                 break
@@ -203,22 +208,33 @@ class Trainer:
             saved = done == config.iterations or _due(config.checkpoint.every, done) or asked
             if saved:
                 # Before the evaluation: whoever asks to stop may not wait for it, and a resumed run makes it up.
-                self._save(folder, done)
+                self.state.save(folder, done, self._seconds())
             try:
                 if saved:
                     self.writer.flush()  # a run that goes on from here does not draw again what was drawn before
                 else:
                     self.writer.check()
                 if not asked:
-                    self._evaluate_if_due(folder, done, progress, tracker)
+                    self.milestones.reach(folder, done, progress, tracker)
             except Exception:  # a sample that cannot be written may not cost what was learnt since the last checkpoint
                 if not saved and world.size == 1:  # of several ranks, the others are elsewhere
-                    self._save(folder, done)
+                    self.state.save(folder, done, self._seconds())
                 raise
             asked = world.any(stopped.is_set())
             if asked and not saved:  # asked to stop meanwhile
-                self._save(folder, done)
+                self.state.save(folder, done, self._seconds())
         return done
+
+    def _resume(self, folder: RunFolder, progress: Progress) -> tuple[int, float]:
+        """Goes on where the folder's newest whole checkpoint ends: (iterations done, seconds so far)."""
+        done, seconds, rows = self.state.restore(folder, progress)
+        for row in rows:
+            progress.iteration(row)
+            self.monitor.see(row)
+        return done, seconds
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._epoch
 
     def _watch(self, metrics: dict[str, Any], progress: Progress) -> Decision:
         """Tells of what is wrong with an iteration, adds the count of alarms to its metrics, and says what to do."""
@@ -230,16 +246,39 @@ class Trainer:
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics, flat."""
-        clock, policy, config = Clock(self.policy.device), self.policy, self.config
+        clock, policy = Clock(self.policy.device), self.policy
         restart_peak(policy.device)
         prompts = [self.prompts[index] for index in self.sampler.indices(iteration)]
         with clock("encode"):
             condition = self.encoder.encode(prompts)
-        size = config.rollout.group_size
-        drawn = [prompt for prompt in prompts for _ in range(size)]
+        batch, scores, looks = self._sample(iteration, prompts, condition, clock)
+        with clock("update"):
+            learning = self.algorithm.learn(policy, batch, scores, prompts)
+            metrics = self.updater.update(learning)
+        if learning.scores and not scores:  # judged while learning
+            self.judges.require_valid(learning.scores)
+        group = torch.arange(len(prompts)).repeat_interleave(self.config.rollout.group_size)
+        return {
+            "iteration": iteration,
+            **reward_metrics(learning.scores, learning.advantage, group),
+            **looks.gathered(self.world).metrics(group, learning.advantage),
+            **metrics,
+            "train/log_prob_rounding": self.rounding,
+            **self.guard.metrics(),
+            **clock.metrics(),
+            "memory/peak_mb": peak_memory_mb(policy.device),
+        }
+
+    @torch.no_grad()
+    def _sample(
+        self, iteration: int, prompts: Sequence[Prompt], condition: Condition, clock: Clock
+    ) -> tuple[Any, dict[str, Scores], Looks]:
+        """Draws and judges this rank's share of the groups: (what the algorithm keeps, all ranks' scores, looks)."""
+        config, policy, looks = self.config, self.policy, Looks()
+        drawn = [prompt for prompt in prompts for _ in range(config.rollout.group_size)]
         drawn = drawn[self.world.rows(len(drawn), config.rollout.batch_size).slice]
-        looks = Looks()
-        with torch.no_grad(), self.judges.scoring(drawn) as scoring:
+        scores: dict[str, Scores] = {}
+        with self.judges.scoring(drawn) as scoring:
 
             def judge(x0: Tensor, told: Condition) -> None:
                 with clock("decode"):
@@ -251,140 +290,12 @@ class Trainer:
 
             with clock("rollout"):
                 batch = self.algorithm.collect(policy, condition, iteration, judge)
-            scores: dict[str, Scores] = {}
             if scoring.arrived:
                 with clock("reward"):
-                    told = {name: verdict.to("cpu") for name, verdict in self.judges.finish(scoring).items()}
-                    scores = {name: verdict.gathered(self.world) for name, verdict in told.items()}
+                    own = {name: verdict.to("cpu") for name, verdict in self.judges.finish(scoring).items()}
+                    scores = {name: verdict.gathered(self.world) for name, verdict in own.items()}
                 self.judges.require_valid(scores)
-        with clock("update"):
-            learning = self.algorithm.learn(policy, batch, scores, prompts)
-            metrics = self.updater.update(learning)
-        if learning.scores and not scores:  # judged while learning
-            self.judges.require_valid(learning.scores)
-        group = torch.arange(len(prompts)).repeat_interleave(size)
-        rewards = reward_metrics(learning.scores, learning.advantage, group)
-        return {
-            "iteration": iteration,
-            **rewards,
-            **looks.gathered(self.world).metrics(group, learning.advantage),
-            **metrics,
-            "train/log_prob_rounding": self.rounding,
-            **self.guard.metrics(),
-            **clock.metrics(),
-            "memory/peak_mb": peak_memory_mb(policy.device),
-        }
-
-    def _weights(self) -> Any:
-        """The weights that are measured and exported: the moving average where one is kept."""
-        return nullcontext() if self.updater.ema is None else self.policy.use_weights(self.updater.ema)
-
-    def _evaluate_if_due(self, folder: RunFolder, done: int, progress: Progress, tracker: Tracker) -> None:
-        """Measures and draws before the first iteration, after the last, and every `evaluation.every` between."""
-        config, last = self.config.evaluation, self.config.iterations
-        if done not in (0, last) and not _due(config.every, done):
-            return
-        with self._weights():
-            shown = self.held_out or [self.prompts[i] for i in range(min(len(self.prompts), config.samples))]
-            # The main process looks for all: what it writes may appear between two looks.
-            sheet, file = folder.samples_folder(done) / SHEET, folder.evaluation_file(done)
-            drawn, measured = self.world.from_main([sheet.is_file(), file.is_file()])
-            if config.samples and not drawn and (self.world.main or self.world.joint):
-                self._draw_samples(folder, done, shown[: config.samples], tracker)
-            judges = self.judges.for_evaluation()
-            if not config.num_prompts or not judges.rewards or measured:
-                return
-            settings: Any = {"seed": config.seed, "batch_size": config.batch_size, "encode": self.encoder.encode}
-            settings["world"] = self.world
-            record = measure.evaluate(self.policy, judges, self.held_out, **settings)
-        for name in judges.trained:
-            known, total = sum(record["valid"][name]), len(self.held_out)
-            if known < MIN_VALID_FRACTION * total:
-                # Not written: a resumed run measures again, perhaps with the judge mended.
-                told = f"judge {name!r} scored {known} of {total} pictures"
-                progress.message(f"the evaluation after {done} iterations is left out: {told}")
-                return
-        record = {"iteration": done, "weights": "current" if self.updater.ema is None else "ema", **record}
-        if not self.world.main:
-            return
-        write_json(folder.evaluation_file(done), record)
-        summary = summarize(record)
-        progress.evaluation(summary)
-        tracker.log({f"evaluation/{column}": mean for column, mean in summary.means.items()}, done)
-
-    def _draw_samples(self, folder: RunFolder, done: int, prompts: list[Prompt], tracker: Tracker) -> None:
-        """Draws now, writes while the run goes on; the tracker hears of them once they are written."""
-        config, target, encode = self.config.evaluation, folder.samples_folder(done), self.encoder.encode
-        if not self.world.main:  # only for company
-            for _ in measure.pictures(
-                self.policy, prompts, seed=config.seed, batch_size=config.batch_size, encode=encode
-            ):
-                pass
-            return
-        labels = [{"text": prompt.text, "task": prompt.metadata.get("task")} for prompt in prompts]
-        write_json(folder.path / "samples" / "prompts.json", labels)
-
-        def track() -> None:
-            tracker.log_images("samples", [target / SHEET], done)
-            if (target / MOVING_SHEET).is_file():
-                tracker.log_clips("clips", [target / MOVING_SHEET], done)
-
-        size, fps = config.batch_size, self.config.model.fps
-        drawn = measure.pictures(self.policy, prompts, seed=config.seed, batch_size=size, encode=encode)
-        media = (sample for _, batch in drawn for sample in batch)
-        write_samples(media, target, fps=fps, writer=self.writer, then=track)
-
-    def _roll_back(self, folder: RunFolder, done: int, decision: Decision, progress: Progress) -> None:
-        """Goes back to the last good state, as the guard decided, and goes on from it as iteration `done`."""
-        checkpoint = load_latest(folder.path, progress.message, until=decision.until)
-        self.world.barrier()  # all have read before one deletes
-        if self.world.main:
-            drop_after(folder.path, checkpoint.iteration if checkpoint else -1)
-        if checkpoint is None:
-            self._restart()
-        else:
-            self._load(checkpoint)
-        back = f"to iteration {checkpoint.iteration}" if checkpoint else "to the starting weights"
-        progress.message(f"went back {back}: {decision.reason}")
-        self._save(folder, done)
-
-    def _restart(self) -> None:
-        """The weights, averages and memories that the run began with."""
-        fresh = load_policy(self.config.model, self.config.rollout, seed=self.config.seed).trainable()
-        weights = {name: weight.detach() for name, weight in fresh.items()}
-        state = {"weights": weights, "exp_avg": {}, "exp_avg_sq": {}, "step": {}, "ema": weights}
-        self.updater.optimizer.state.clear()
-        self.updater.load_state_dict(state, 0)
-        unused = build_algorithm(self.config, self.judges, self.world)
-        self.algorithm.load_state_dict(unused.state_dict(), unused.tensors())
-
-    def _save(self, folder: RunFolder, done: int) -> None:
-        seconds = time.perf_counter() - self._epoch
-        state = {"num_updates": self.updater.num_updates, "algorithm": self.algorithm.state_dict(), "seconds": seconds}
-        state["guard"] = self.guard.state_dict()
-        tensors = self.updater.state_dict() | {"algorithm": self.algorithm.tensors()}
-        if self.world.main:
-            save(folder.path, Checkpoint(done, tensors, state), self.config.checkpoint.keep)
-        self.world.barrier()
-
-    def _restore(self, folder: RunFolder, progress: Progress) -> tuple[int, float]:
-        """Loads the newest whole checkpoint and drops later metrics: (iterations done, seconds so far)."""
-        checkpoint = load_latest(folder.path, progress.message)
-        done = 0 if checkpoint is None else checkpoint.iteration
-        rows = truncate_metrics(folder.metrics_file, done) if self.world.main else None
-        for row in self.world.from_main(rows):
-            progress.iteration(row)
-            self.monitor.see(row)
-        if checkpoint is None:
-            return 0, 0.0
-        self._load(checkpoint)
-        if "guard" in checkpoint.state:  # runs of earlier versions have none
-            self.guard.load_state_dict(checkpoint.state["guard"])
-        return done, checkpoint.state["seconds"]
-
-    def _load(self, checkpoint: Checkpoint) -> None:
-        self.updater.load_state_dict(checkpoint.tensors, checkpoint.state["num_updates"])
-        self.algorithm.load_state_dict(checkpoint.state["algorithm"], checkpoint.tensors.get("algorithm", {}))
+        return batch, scores, looks
 
 
 @contextmanager
