@@ -82,6 +82,13 @@ def test_the_key_forgets_what_does_not_touch_the_computation():
     assert config_key(plain) != config_key(load_config("shapes-flux", [f"{RATE}=0.5"]))
 
 
+def test_the_key_knows_of_a_guard_that_interferes():
+    config = load_config("shapes-flux", ["health.watch=none"])
+    watched = load_config("shapes-flux", ["health.watch=alarms"])
+    guarded = load_config("shapes-flux", ["health.watch=rollback"])
+    assert config_key(config) == config_key(watched) != config_key(guarded)
+
+
 def test_runs_go_seed_by_seed(tmp_path):
     runner = StubRunner(flat)
     run(study(), tmp_path, runner)
@@ -313,7 +320,7 @@ def test_no_number_is_lost_in_the_result(tmp_path):
     run(study(), tmp_path, StubRunner(flat), seeds=1)
     result = read_results(tmp_path, study())["tiny/a.seed0.json"]
     last = result.evaluations[-1].columns["shapes"]
-    assert result.column("shapes", 0) == pytest.approx(0.25)
+    assert result.column("shapes", start=True) == pytest.approx(0.25)
     assert last.mean == pytest.approx(0.5)
     assert last.error == pytest.approx((4 / 3 * 0.01) ** 0.5 / 2)  # four values 0.1 from their mean
     assert last.n == 4

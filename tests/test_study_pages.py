@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 from itertools import pairwise
@@ -338,6 +339,34 @@ def test_a_failed_seed_is_named_on_the_page(tmp_path):
     page = (tmp_path / "tiny.html").read_text(encoding="utf-8")
     assert "seed 1, ended in an error: dancegrpo: samples are NaN" in page
     assert Evidence(study(), tmp_path).table(None)["a"]["shapes"].n == 2
+
+
+def without_evaluations(out: Path, arm: str, seed: int, keep) -> None:
+    """Takes evaluations out of a kept result, as where a judge could score too few pictures."""
+    file = next(file for file in (out / "tiny").glob("*.json") if file.name == f"{arm}.seed{seed}.json")
+    result = json.loads(file.read_text(encoding="utf-8"))
+    result["evaluations"] = [one for one in result["evaluations"] if keep(one["iteration"])]
+    file.write_text(json.dumps(result), encoding="utf-8")
+
+
+def test_an_earlier_evaluation_never_stands_for_the_last(tmp_path):
+    made(tmp_path, study())
+    without_evaluations(tmp_path, "a", 1, keep=lambda iteration: iteration == 0)
+    evidence = Evidence(study(), tmp_path)
+    assert evidence.values("a", None, "shapes") == {0: 0.61, 2: 0.62}
+    assert "a, seed 1, has no held-out score after its last iteration" in render(study(), tmp_path)
+
+
+def test_a_held_out_curve_pairs_seeds_by_iteration(tmp_path):
+    chosen = study(settings=[*TINY, "evaluation.every=1"])
+    made(tmp_path, chosen)
+    without_evaluations(tmp_path, "a", 1, keep=lambda iteration: iteration != 1)
+    held_out, _ = Evidence(chosen, tmp_path).charts()
+    first = next(series for series in held_out.series if series.name == "A")
+    known = dict(zip(held_out.x, first.values, strict=True))
+    ends = [FINAL["a", seed] for seed in range(3)]
+    assert known[0] == pytest.approx(0.25, abs=1e-6)
+    assert known[held_out.x[-1]] == pytest.approx(np.mean(ends), abs=1e-6)
 
 
 def test_the_markdown_table_has_the_papers_numbers_beside_ours(tmp_path):

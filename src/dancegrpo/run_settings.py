@@ -13,7 +13,7 @@ from dancegrpo.run_folder import RunFolder
 from dancegrpo.settings import RewardConfig
 
 MAY_CHANGE = ("iterations", "output", "checkpoint.", "tracking.", "parallel.", "health.")
-"""Settings that a resumed run may change: they do not touch what any iteration computes."""
+"""Settings that a resumed run may change: they do not touch what an iteration computes from its weights."""
 
 
 def resumed_config(

@@ -99,7 +99,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
         given = str(paths[0]) if folders else "nothing"
         raise CheckpointError(f"{given} alone has nothing to be compared with: give the folders of two runs or more.")
     for i, folder in enumerate(folders):
-        if folder in folders[:i]:
+        if folder in folders[:i] and folder.is_dir():
             raise CheckpointError(
                 f"{paths[folders.index(folder)]} and {paths[i]} are the same run: give each run once."
             )

@@ -77,6 +77,8 @@ def config_key(config: RunConfig) -> str:
     Over those that are not at their default: a setting that a later version adds leaves the key of older runs as it is.
     """
     data = config.model_dump(mode="json", exclude=NOT_IDENTITY, exclude_defaults=True)
+    if config.health.watch == "rollback":  # skips updates and goes back; the others only look on
+        data["health"] = config.health.model_dump(mode="json")
     # The seed always tells: a run with the default seed is as much a run of that seed as any other.
     text = json.dumps({**data, "seed": config.seed}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -125,11 +127,10 @@ class Plan:
         study, chosen = self.study, self.study.arms[arm]
         place = study.conditions[condition] if condition else None
         recipe = chosen.recipe or (place.recipe if place else None) or study.recipe
-        settings = [*study.settings, *(place.settings if place else ()), *chosen.settings]
+        # Nothing watches, unless a study asks for it: an algorithm that collapses is to be seen collapsing.
+        settings = ["health.watch=none", *study.settings, *(place.settings if place else ()), *chosen.settings]
         settings += [f"{key}={json.dumps(value)}" for key, value in {**tuned, **(candidate or {})}.items()]
         settings += [f"seed={seed}", f"name={study.name}-{arm}", "tracking.backend=none", "checkpoint.keep=1"]
-        # An algorithm that collapses is to be seen collapsing.
-        settings.append("health.watch=none")
         try:
             config = load_config(recipe, settings)
             if candidate is not None:

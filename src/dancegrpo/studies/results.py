@@ -68,11 +68,18 @@ class Result(Frozen):
     error: str | None = None
     """The last line of a run that failed; then the measurements are empty."""
 
-    def column(self, name: str, at: int = -1) -> float | None:
-        """A held-out mean at one of the evaluations: the last, or the first (0). None where there is none."""
-        if not self.evaluations:
-            return None
-        found = self.evaluations[at].columns.get(name)
+    def evaluation(self, iteration: int) -> Evaluation | None:
+        """The one after `iteration` iterations; None where it was left out, as when a judge failed on most pictures."""
+        return next((one for one in self.evaluations if one.iteration == iteration), None)
+
+    def estimate(self, name: str, *, start: bool = False) -> Estimate | None:
+        """A held-out column after the last iteration, or before the first; never one from between in its place."""
+        found = self.evaluation(0 if start else self.iterations)
+        return found.columns.get(name) if found else None
+
+    def column(self, name: str, *, start: bool = False) -> float | None:
+        """The mean of `estimate`."""
+        found = self.estimate(name, start=start)
         return found.mean if found else None
 
 

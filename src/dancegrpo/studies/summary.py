@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
@@ -128,8 +129,8 @@ class Evidence:
 
     def values(self, arm: str, condition: str | None, column: str) -> dict[int, float]:
         """A held-out column by seed: of the last evaluation, of the first for a base arm."""
-        at = 0 if self.study.arms[arm].base else -1
-        pairs = {seed: run.column(column, at) for seed, run in self.of(arm, condition).items()}
+        start = self.study.arms[arm].base
+        pairs = {seed: run.column(column, start=start) for seed, run in self.of(arm, condition).items()}
         return {seed: value for seed, value in pairs.items() if value is not None}
 
     def table(self, condition: str | None) -> dict[str, dict[str, Cell | None]]:
@@ -148,9 +149,8 @@ class Evidence:
 
     def _prompt_error(self, arm: str, condition: str | None, column: str) -> float | None:
         """The standard error over prompts of one seed's mean, averaged over the seeds."""
-        at = 0 if self.study.arms[arm].base else -1
-        runs = [run for run in self.of(arm, condition).values() if run.evaluations]
-        told = [run.evaluations[at].columns.get(column) for run in runs]
+        start = self.study.arms[arm].base
+        told = [run.estimate(column, start=start) for run in self.of(arm, condition).values()]
         return _mean([one.error if one else None for one in told])
 
     def ranking(self, condition: str | None) -> list[Ranked]:
@@ -164,6 +164,11 @@ class Evidence:
             if (cell := cell_of(list(values.values()))) is not None:
                 rows.append(Ranked(arm, cell, _mean(gains)))
         return sorted(rows, key=lambda row: -row.cell.mean)
+
+    @property
+    def unmeasured(self) -> list[Result]:
+        """Runs without a held-out score in the main column at their end: they are missing from every mean."""
+        return [run for run in self.runs if run.column(self.study.main) is None]
 
     @property
     def commits(self) -> list[str]:
@@ -187,7 +192,7 @@ class Evidence:
     def _on_edge(self, arm: str, candidate: Mapping[str, object]) -> bool:
         """Whether a value of the candidate is the least or largest of those in its grid: better ones may lie beyond."""
         tune = self.study.arms[arm].tune
-        grids = {key: [float(v) for v in tried if isinstance(v, (int, float))] for key, tried in tune.items()}
+        grids = {key: [float(v) for v in tried if _is_number(v)] for key, tried in tune.items()}
         return any(len(grid) > 1 and candidate[key] in (min(grid), max(grid)) for key, grid in grids.items() if grid)
 
     def verdicts(self) -> list[Verdict]:
@@ -247,12 +252,11 @@ class Evidence:
         main, lines = self.study.main, {}
         for arm in self.study.trained:
             runs = list(self.of(arm, place).values())
-            count = min((len(run.evaluations) for run in runs), default=0)
-            rows = [[run.column(main, index) for index in range(count)] for run in runs]
-            known = [[value for value in row if value is not None] for row in rows]
-            if count > 2 and all(len(row) == count for row in known):
-                xs = [_scored(runs[0], at.iteration) for at in runs[0].evaluations]
-                lines[self.study.arms[arm].label] = (xs, known)
+            scored = [_held_out_means(run, main) for run in runs]
+            common = sorted(set.intersection(*map(set, scored))) if scored else []
+            if len(common) > 2:
+                xs = [_scored(runs[0], iteration) for iteration in common]
+                lines[self.study.arms[arm].label] = (xs, [[means[at] for at in common] for means in scored])
         if not lines:
             return []
         label = self.study.columns[main]
@@ -290,6 +294,12 @@ def points(runs: Sequence[Result], metric: str | None) -> tuple[list[int], list[
     whole = next((index for index in range(count) if any(row[index] is None for row in rows)), count)
     xs = [round(float(np.mean(found[0].samples[a:b]))) for a, b in pairwise(edges)]
     return xs[:whole], [[value for value in row[:whole] if value is not None] for row in rows]
+
+
+def _held_out_means(run: Result, column: str) -> dict[int, float]:
+    """Iterations done -> the mean of a held-out column, where it was measured."""
+    told = {one.iteration: one.columns.get(column) for one in run.evaluations}
+    return {at: found.mean for at, found in told.items() if found is not None and found.mean is not None}
 
 
 def _scored(run: Result, iteration: int) -> int:
@@ -366,7 +376,7 @@ def interval_text(column: str, low: float, high: float) -> str:
     return f"{scale * low:+.{places}f} to {scale * high:+.{places}f}"
 
 
-def is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     """Whether a candidate's value has a place in an order."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
