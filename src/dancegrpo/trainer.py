@@ -140,7 +140,10 @@ class Trainer:
         if not config.offline:  # a plan that cannot be is refused now
             step_plan(config.rollout, self.policy.dynamics, 1, config.seed, 0)
         weights = {name: reward.weight for name, reward in config.rewards.items()}
-        self.judges = Judges(judges, weights).to(self.policy.device)
+        self.judges = Judges(judges, weights)
+        if not world.leads:  # what it draws, the first rank of its share shows to the judges
+            self.judges = self.judges.unasked(but_trained=config.algorithm.name == "refl")
+        self.judges = self.judges.to(self.policy.device)
         self.algorithm = build_algorithm(config, self.judges, world)
         if self.algorithm.needs_reference:
             self.policy.keep_reference()
@@ -289,7 +292,7 @@ class Trainer:
             # The main process looks for all: what it writes may appear between two looks.
             sheet, file = folder.samples_folder(done) / SHEET, folder.evaluation_file(done)
             drawn, measured = self.world.from_main([sheet.is_file(), file.is_file()])
-            if config.samples and not drawn and (self.world.main or self.world.joint):
+            if config.samples and not drawn and self.world.with_main:
                 self._draw_samples(folder, done, shown[: config.samples], tracker)
             judges = self.judges.for_evaluation()
             if not config.num_prompts or not judges.rewards or measured:
