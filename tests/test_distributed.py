@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,13 +41,15 @@ CASES: dict[str, tuple[str, list[str]]] = {
 }
 
 
-def launch(folder: Path, layout: str, parallel: dict[str, int], cases: list[tuple[str, str, list[str]]]) -> None:
-    """Runs the worker on two processes of torchrun; `one`: by itself."""
+def launch(
+    folder: Path, layout: str, asked: dict[str, Any], *, processes: int = 2, worker: str = "distributed_worker.py"
+) -> None:
+    """Runs a worker of this folder on two processes of torchrun, or more; `one`: by itself."""
     file = folder / f"{layout}.json"
-    file.write_text(json.dumps({"parallel": parallel, "cases": cases}))
-    worker = str(Path(__file__).parent / "distributed_worker.py")
-    starter = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command = [sys.executable, *([] if layout == "one" else starter), worker, str(file)]
+    file.write_text(json.dumps(asked))
+    starter = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    program = str(Path(__file__).parent / worker)
+    command = [sys.executable, *([] if layout == "one" else starter), program, str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -66,7 +69,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dic
     cases = [(name, recipe, [*COMMON, *more]) for name, (recipe, more) in known.items()]
     found: dict[str, dict[str, dict]] = {}
     for layout, parallel in {"one": {}, **LAYOUTS}.items():
-        launch(folder, layout, parallel, cases)
+        launch(folder, layout, {"parallel": parallel, "cases": cases})
         files = folder.glob(f"{layout}.*.pt")
         found[layout] = {file.name.split(".")[1]: torch.load(file, weights_only=True) for file in files}
     return found

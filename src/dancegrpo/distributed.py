@@ -2,16 +2,19 @@
 
 Launched by torchrun, every process runs the same loop over the same global lists, and draws and learns from its share.
 All that is random is keyed by global indices: the number of ranks changes who computes what, nothing else.
+Under context parallelism a few ranks have one share together: each has all of its samples, and computes a piece of
+every sequence.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import wraps
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from dancegrpo.settings import ParallelConfig
 class Share:
     """The rows of one process: `rows` of 0..total - 1 in whole batches of `size`.
 
-    spare: batches to go through for nothing, because another rank has more: sharded forward passes are made together.
+    spare: batches to go through for nothing, because another has more: sharded forward passes are made together.
     """
 
     rows: range
@@ -66,7 +69,26 @@ class World:
     fsdp: int = 1
     """Ranks over which weights are sharded."""
     mesh: Any = None
-    """The device mesh, (replicate, fsdp); None in a single process."""
+    """The device mesh of the weights, (replicate, fsdp); None in a single process."""
+    context: int = 1
+    """Ranks over which a sample's sequence is split: neighbours, which have one share of the samples together."""
+    sequence_mesh: Any = None
+    """The device mesh of the sequences, (share, ring, ulysses); None without context parallelism."""
+
+    @property
+    def shares(self) -> int:
+        """Into how many shares the samples are divided."""
+        return self.size // self.context
+
+    @property
+    def share(self) -> int:
+        """Which of the shares this process works on."""
+        return self.rank // self.context
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks for its share: of those that have it together, the first."""
+        return self.piece == 0
 
     @property
     def main(self) -> bool:
@@ -83,33 +105,45 @@ class World:
         """Whether ranks make forward passes together: sharded weights want all of them each time."""
         return self.fsdp > 1
 
+    @property
+    def with_main(self) -> bool:
+        """Whether the main process makes its forward passes with this one: one of them, or both."""
+        return self.joint or self.share == 0
+
     def rows(self, total: int, size: int) -> Share:
         """This process's share of `total` rows that are worked off in batches of `size`.
 
-        Batches are the same ones for any number of ranks; each rank has a contiguous run of them, even to one.
+        Batches are the same ones for any number of ranks; each share is a contiguous run of them, even to one.
         """
         batches = -(-total // size)
-        held = [range(*self._run(batches, owner)) for owner in range(self.size)]
-        mine = held[self.rank]
+        held = [range(*self._run(batches, owner)) for owner in range(self.shares)]
+        mine = held[self.share]
         rows = range(min(mine.start * size, total), min(mine.stop * size, total))
         spare = max(map(len, held)) - len(mine) if self.joint else 0
         return Share(rows, total, size, spare)
 
     def owners(self, total: int, size: int) -> Tensor:
-        """(total,) int64: the rank that has each row in `rows(total, size)`."""
+        """(total,) int64: the share that each row is in by `rows(total, size)`."""
         batches, owner = -(-total // size), torch.empty(total, dtype=torch.int64)
-        for rank in range(self.size):
-            first, last = self._run(batches, rank)
-            owner[first * size : last * size] = rank
+        for share in range(self.shares):
+            first, last = self._run(batches, share)
+            owner[first * size : last * size] = share
         return owner
 
     def _run(self, count: int, owner: int) -> tuple[int, int]:
-        return owner * count // self.size, (owner + 1) * count // self.size
+        return owner * count // self.shares, (owner + 1) * count // self.shares
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Every rank's rows (N_rank, ...) one after another, on the CPU; N may differ from rank to rank."""
+        """Every share's rows (N_share, ...) one after another, on the CPU; N may differ from share to share.
+
+        Of the ranks that have a share together the first is heard; every rank must ask, and gets all.
+        """
         if self.size == 1:
             return rows.cpu()
+        return self._of_ranks(rows if self.leads else rows[:0])
+
+    def _of_ranks(self, rows: Tensor) -> Tensor:
+        """Every rank's rows (N_rank, ...) one after another, on the CPU."""
         rows = rows.detach().cpu()
         counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(counts, torch.tensor([len(rows)]))
@@ -120,7 +154,7 @@ class World:
         return torch.cat([parts[rank][: int(counts[rank])] for rank in range(self.size)])
 
     def gather_json(self, value: Any) -> list[Any]:
-        """A plain value of every rank, in their order."""
+        """A plain value of every share, in their order."""
         if self.size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).clone()
@@ -133,12 +167,16 @@ class World:
         return self.gather_json(value)[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks of (N,) values."""
+        """The sum over shares of (N,) values."""
         return self.gather(values.reshape(1, -1)).sum(0).to(values.device) if self.size > 1 else values
+
+    def sum_of_ranks(self, values: Tensor) -> Tensor:
+        """The sum over ranks of (N,) values, of what each has for itself: its shards of the weights."""
+        return self._of_ranks(values.reshape(1, -1)).sum(0).to(values.device) if self.size > 1 else values
 
     def largest(self, value: float) -> float:
         """The largest of the ranks' values; NaN where one of them is."""
-        return float(self.gather(torch.tensor([value], dtype=torch.float64)).max()) if self.size > 1 else value
+        return float(self._of_ranks(torch.tensor([value], dtype=torch.float64)).max()) if self.size > 1 else value
 
     def any(self, value: bool) -> bool:
         """Whether it is so on any rank."""
@@ -149,8 +187,24 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    @property
+    def piece(self) -> int:
+        """Which piece of every sequence is this process's."""
+        return self.rank % self.context
+
+    def whole_sequence(self, piece: Tensor) -> Tensor:
+        """The pieces (N, L / context) of the ranks of this share, one after another: (N, L). No gradient."""
+        piece = piece.contiguous()
+        pieces = [torch.empty_like(piece) for _ in range(self.context)]
+        dist.all_gather(pieces, piece, group=self.sequence_mesh.get_group("ulysses"))
+        return torch.cat(pieces, dim=1)
+
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Adds up the gradients of plain parameters over all ranks; those of sharded ones were summed as they came."""
+        """Adds up the gradients of plain parameters over all ranks; those of sharded ones were summed as they came.
+
+        Ranks that have a share together hold parts of its gradient, each that of its piece of the sequences: they are
+        summed as well.
+        """
         plain = [p for p in parameters if not isinstance(p, DTensor)]
         if self.size == 1 or not plain:
             return
@@ -181,11 +235,12 @@ def started(config: ParallelConfig) -> Iterator[World]:
     Raises ConfigError where the layout asked for and the processes launched do not fit.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size % config.fsdp:
-        raise ConfigError(
-            f"parallel.fsdp={config.fsdp} does not divide the {size} process{'es' if size > 1 else ''} launched: start "
-            f"with torchrun --nproc-per-node={config.fsdp}, or a multiple of it"
-        )
+    for name, ranks in (("fsdp", config.fsdp), ("context", config.context)):
+        if size % ranks:
+            raise ConfigError(
+                f"parallel.{name}={ranks} does not divide the {size} process{'es' if size > 1 else ''} launched: start "
+                f"with torchrun --nproc-per-node={ranks}, or a multiple of it"
+            )
     if size == 1:
         yield World()
         return
@@ -199,7 +254,12 @@ def started(config: ParallelConfig) -> Iterator[World]:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         layout = {"replicate": size // config.fsdp, "fsdp": config.fsdp}
         mesh = init_device_mesh(kind, tuple(layout.values()), mesh_dim_names=tuple(layout))
-        yield World(dist.get_rank(), size, config.fsdp, mesh)
+        sequences = None
+        if config.context > 1:
+            # diffusers wants both of its ways to split; ring attention has no CPU path, and is not used.
+            layout = {"share": size // config.context, "ring": 1, "ulysses": config.context}
+            sequences = init_device_mesh(kind, tuple(layout.values()), mesh_dim_names=tuple(layout))
+        yield World(dist.get_rank(), size, config.fsdp, mesh, config.context, sequences)
     finally:
         dist.destroy_process_group()
 
@@ -217,6 +277,50 @@ def shard(module: Any, world: World) -> None:
     for part in sharded(module):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+
+def split_sequences(module: Any, plan: Mapping[str, Any], world: World) -> None:
+    """Ulysses (arXiv:2309.14509) on a denoiser of diffusers: each rank of a share computes a piece of every sequence,
+    and in attention some of the heads for the whole of it.
+
+    plan: what is split and gathered, as in diffusers' `_cp_plan`. Inputs and the output are whole on every rank. The
+    backward pass leaves each the gradient of its piece: `World.sum_gradients` and FSDP2 add them up. Before `shard`.
+    """
+    from diffusers.hooks import apply_context_parallel
+    from diffusers.models._modeling_parallel import ContextParallelConfig
+    from diffusers.models._modeling_parallel import ParallelConfig as Layout
+
+    config = Layout(context_parallel_config=ContextParallelConfig(ulysses_degree=world.context))
+    mesh = world.sequence_mesh["ring", "ulysses"]
+    # Not `enable_parallelism`: it divides by the number of accelerators, of which a CPU has none.
+    config.setup(world.rank, world.size, torch.device(mesh.device_type), mesh=mesh)
+    for part in module.modules():
+        if hasattr(processor := getattr(part, "processor", None), "_parallel_config"):
+            processor._parallel_config = config
+    _cast_before_attention()
+    apply_context_parallel(module, config.context_parallel_config, plan)
+
+
+def _cast_before_attention() -> None:
+    """Makes diffusers' attention over split sequences take queries, keys and values in autocast's type.
+
+    Its forward pass leaves that to autocast, which the backward pass is outside of: there they differ, and it fails.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    known = _AttentionBackendRegistry._backends
+    native = known[AttentionBackendName.NATIVE]
+    if hasattr(native, "__wrapped__"):
+        return
+
+    @wraps(native)
+    def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        device = query.device.type
+        if options.get("_parallel_config") is not None and torch.is_autocast_enabled(device):
+            query, key, value = (heads.to(torch.get_autocast_dtype(device)) for heads in (query, key, value))
+        return native(query, key, value, **options)
+
+    known[AttentionBackendName.NATIVE] = attention
 
 
 def sharded(module: Any) -> list[Any]:

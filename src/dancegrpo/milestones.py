@@ -54,7 +54,7 @@ class Milestones:
             # The main process looks for all: what it writes may appear between two looks.
             sheet, file = folder.samples_folder(done) / SHEET, folder.evaluation_file(done)
             drawn, measured = self.world.from_main([sheet.is_file(), file.is_file()])
-            if config.samples and not drawn and (self.world.main or self.world.joint):
+            if config.samples and not drawn and self.world.with_main:
                 self._draw(folder, done, shown[: config.samples], tracker)
             if not measured:
                 self._measure(folder, done, progress, tracker)

@@ -13,17 +13,17 @@ from dancegrpo.prompts import Prompt, PromptSource
 
 def require_batches(config: RunConfig, world: World) -> None:
     """Raises ConfigError where a rank would have nothing to sample, or a judge would be asked by all at once."""
-    ranks = world.size
+    ranks, who = world.shares, "ranks" if world.context == 1 else f"times parallel.context={world.context} ranks"
     total, size = config.prompts.per_iteration * config.rollout.group_size, config.rollout.batch_size
     if ranks > -(-total // size):
         raise ConfigError(
-            f"{total} samples in batches of rollout.batch_size={size} are too few for {ranks} ranks: lower it to "
+            f"{total} samples in batches of rollout.batch_size={size} are too few for {ranks} {who}: lower it to "
             f"{max(1, total // ranks)}, or start fewer processes"
         )
     people = [name for name, reward in config.rewards.items() if reward.judge == "human"]
-    if world.size > 1 and people:
+    if world.shares > 1 and people:
         raise ConfigError(
-            f"rewards.{people[0]}.judge=human would open a page on each of {world.size} processes: serve it "
+            f"rewards.{people[0]}.judge=human would open a page on each of {world.shares} processes: serve it "
             "with `dancegrpo serve-reward human` and take judge=service"
         )
 

@@ -408,7 +408,9 @@ class ParallelConfig(Frozen):
     """How the processes that torchrun launched share the work; what a run computes does not depend on it."""
 
     fsdp: Positive = 1
-    """Ranks over which the weights are sharded (FSDP2); the others hold copies."""
+    """Ranks over which the weights are sharded (FSDP2), those of `context` counted in; the others hold copies."""
+    context: Positive = 1
+    """Ranks that compute one sample together, each a piece of its sequence (Ulysses)."""
     timeout: PositiveFloat = 600.0
     """Seconds after which a rank that waits for another gives up."""
 

@@ -133,7 +133,10 @@ class Trainer:
         if not config.offline:  # a plan that cannot be is refused now
             step_plan(config.rollout, self.policy.dynamics, 1, config.seed, 0)
         weights = {name: reward.weight for name, reward in config.rewards.items()}
-        self.judges = Judges(judges, weights).to(self.policy.device)
+        self.judges = Judges(judges, weights)
+        if not world.leads:  # what it draws, the first rank of its share shows to the judges
+            self.judges = self.judges.unasked(but_trained=config.algorithm.name == "refl")
+        self.judges = self.judges.to(self.policy.device)
         self.algorithm = build_algorithm(config, self.judges, world)
         if self.algorithm.needs_reference:
             self.policy.keep_reference()

@@ -114,7 +114,7 @@ class Updater:
             moved += float((_landmarks(parameter, len(self.parameters)) - then).double().square().sum())
             start += float(then.double().square().sum())
         if any(local(p) is not p for p in self.parameters.values()):  # each rank looked at its own shards
-            moved, start = self.world.sum(torch.tensor([moved, start], dtype=torch.float64)).tolist()
+            moved, start = self.world.sum_of_ranks(torch.tensor([moved, start], dtype=torch.float64)).tolist()
         return math.sqrt(moved / start) if start else math.sqrt(moved)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:

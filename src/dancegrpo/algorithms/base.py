@@ -40,8 +40,8 @@ class Learning:
     """One scored batch, ready to learn from: what the updater asks, and what it tells.
 
     parts: one per optimizer step, the same on all ranks. bucket: (B, K) int64, which items may share a forward pass.
-    owner: (B,) int64, the rank that holds each sample. advantage: what the scores were turned into, None where an
-    algorithm has no such thing. scores: the judges' verdicts on the samples, all ranks' together.
+    owner: (B,) int64, the share (`World.share`) that has each sample. advantage: what the scores were turned into, None
+    where an algorithm has no such thing. scores: the judges' verdicts on the samples, all ranks' together.
     """
 
     parts: Sequence[Part]
@@ -69,17 +69,17 @@ class Learning:
         world, of_item = self.world, self.bucket[part.sample, part.slot]
         for name in of_item.unique().tolist():
             held = self.owner[part.sample[of_item == name]]
-            chosen = (of_item == name) & (self.owner[part.sample] == world.rank)
+            chosen = (of_item == name) & (self.owner[part.sample] == world.share)
             batches = list(zip(part.sample[chosen].split(size), part.slot[chosen].split(size), strict=True))
             batches = [batch for batch in batches if len(batch[0])]
             yield from ((sample, slot, True) for sample, slot in batches)
             if world.joint:
-                most = int((-(-held.bincount(minlength=world.size) // size)).max())
+                most = int((-(-held.bincount(minlength=world.shares) // size)).max())
                 yield from ((*self._company(name), False) for _ in range(most - len(batches)))
 
     def _company(self, bucket: int) -> tuple[Tensor, Tensor]:
         """One item of this rank, of the bucket where it has one."""
-        mine = (self.owner == self.world.rank)[:, None].expand_as(self.bucket)
+        mine = (self.owner == self.world.share)[:, None].expand_as(self.bucket)
         found = (mine & (self.bucket == bucket)).nonzero()
         found = found if len(found) else mine.nonzero()
         return found[:1, 0], found[:1, 1]
@@ -169,7 +169,7 @@ class Stateless:
 
     @property
     def owner(self) -> Tensor:
-        """(B,) int64: the rank that draws each sample of a rollout."""
+        """(B,) int64: the share that each sample of a rollout is in."""
         total = self.config.prompts.per_iteration * self.config.rollout.group_size
         return self.world.owners(total, self.config.rollout.batch_size)
 

@@ -93,7 +93,8 @@ class DPOK(PolicyGradient):
             random = generator(seed, "value", self._rollouts, number)
             sample = known[torch.randint(len(known), (config.value_batch,), generator=random)]
             slot = torch.randint(trajectory.step.shape[1], (config.value_batch,), generator=random)
-            mine = self.owner[sample] == self.world.rank
+            # The network sees whole states: of ranks that have a share together, one is enough.
+            mine = (self.owner[sample] == self.world.share) & self.world.leads
             pairs = gather(trajectory, advantage, sample[mine] - trajectory.first, slot[mine], None)
             value.optimizer.zero_grad()
             with torch.enable_grad():

@@ -92,7 +92,7 @@ class ReFLLearning(Learning):
         dealt = deal(torch.zeros(count, dtype=torch.int64), everyone, updates)
         self.parts = work_list(dealt, everyone > 0, 1, updates)
         self.bucket, self.owner = policy.bucket(batch.step.cpu()[:, None]), algorithm.owner
-        self.first = int((self.owner == self.world.rank).nonzero()[0])
+        self.first = int((self.owner == self.world.share).nonzero()[0])
         self._asked: list[tuple[Tensor, dict[str, Scores]]] = []
 
     def loss(self, sample: Tensor, slot: Tensor) -> Tensor:

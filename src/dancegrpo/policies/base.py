@@ -154,12 +154,16 @@ class Policy(ABC):
         """
 
     def shard(self, world: World) -> None:
-        """Shares the trained weights out among the ranks of `world`, after `keep_reference` and before anything else.
+        """Shares the trained weights, and the sequences of a sample, out among the ranks of `world`.
 
-        Raises ConfigError for a policy that cannot.
+        After `keep_reference` and before anything else. Raises ConfigError for a policy that cannot.
         """
         if world.joint:
             raise ConfigError(f"parallel.fsdp={world.fsdp}: {type(self).__name__} cannot be sharded, set it to 1")
+        if world.context > 1:
+            raise ConfigError(
+                f"parallel.context={world.context}: the sequences of {type(self).__name__} cannot be split, set it to 1"
+            )
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         """Around one of several backward passes whose gradients add up; over sharded ranks they do in the last."""

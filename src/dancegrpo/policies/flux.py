@@ -52,6 +52,20 @@ class FluxPolicy(FlowPolicy):
         guidance = torch.tensor([model.guidance_scale], dtype=torch.float32, device=self.device)
         self._guidance = guidance if transformer.config.guidance_embeds else None
 
+    @property
+    def token_grid(self) -> tuple[int, ...]:
+        """See `PipelinePolicy.token_grid`."""
+        return self._grid(2 * self.pipeline.vae_scale_factor)
+
+    def _require_context(self, degree: int) -> None:
+        super()._require_context(degree)
+        if self.max_sequence_length % degree:
+            near = max(1, round(self.max_sequence_length / degree)) * degree
+            raise ConfigError(
+                f"parallel.context={degree} does not divide model.max_sequence_length={self.max_sequence_length}: use "
+                f"{near if near <= 512 else near - degree}"
+            )
+
     def _schedule(self, num_steps: int, scheduler: Any) -> dict[str, Any]:
         sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
         return {"sigmas": sigmas, "mu": resolution_mu(self.latent_shape[0], scheduler)}

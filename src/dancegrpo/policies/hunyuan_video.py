@@ -7,6 +7,7 @@ prompt that a prompt does not bring is the empty one.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dancegrpo.distributed import World
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.media import reference_image
 from dancegrpo.policies.base import Condition
+from dancegrpo.policies.context import filled, hunyuan_plan, split_text_masks
 from dancegrpo.policies.export import Task
 from dancegrpo.policies.flow import FlowPolicy
 from dancegrpo.policies.guidance import guide
@@ -108,6 +111,21 @@ class HunyuanVideoPolicy(FlowPolicy):
                     family = type(self.pipeline).__name__
                     raise ConfigError(f"model.prompt_template.{name}={value} is not known to {family}: remove it")
 
+    @property
+    def token_grid(self) -> tuple[int, ...]:
+        """See `PipelinePolicy.token_grid`; a frame that is given is one of them."""
+        config, (_, _, rows, columns) = self.module.config, self.latent_shape
+        frames = self._latent_frames(self.pipeline.vae_scale_factor_temporal)
+        return frames // config["patch_size_t"], rows // config["patch_size"], columns // config["patch_size"]
+
+    def context_plan(self) -> Mapping[str, Any]:
+        """See `PipelinePolicy.context_plan`: diffusers has none. Padded prompts need `split_text_masks` beside it."""
+        return hunyuan_plan()
+
+    def _split(self, network: Any, world: World) -> None:
+        split_text_masks(network, world)
+        super()._split(network, world)
+
     def _schedule(self, num_steps: int, scheduler: Any) -> dict[str, Any]:
         return {"sigmas": np.linspace(1.0, 0.0, num_steps + 1)[:-1]}
 
@@ -147,6 +165,8 @@ class HunyuanVideoPolicy(FlowPolicy):
         return velocity
 
     def _velocity(self, shown: Tensor, step: Tensor, text: list[Tensor]) -> Tensor:
+        states, mask, pooled = text
+        text = [*filled(states, mask, self.context), pooled]
         with self.autocast():
             velocity = self.network()(
                 hidden_states=shown,

@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dancegrpo.distributed import World, laid_out, local, shard, sharded
+from dancegrpo.distributed import World, laid_out, local, shard, sharded, split_sequences
 from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.files import write_atomically
 from dancegrpo.noise import key
 from dancegrpo.policies.base import Condition, Policy
+from dancegrpo.policies.context import require_split
 from dancegrpo.policies.export import ModelCard, Task, Usage, card_text
 from dancegrpo.policies.guidance import NEGATIVE
 from dancegrpo.policies.offload import lent
@@ -74,6 +75,8 @@ class PipelinePolicy(Policy):
         self.module = next(iter(self.modules.values()))
         self._references: dict[str, torch.nn.Module] = {}
         self._at_start = False
+        self.context = 1
+        """Ranks over which sequences are split."""
         self._check_settings(model)
         self._check(model, rollout)
         self._freeze()
@@ -330,10 +333,37 @@ class PipelinePolicy(Policy):
         }
 
     def shard(self, world: World) -> None:
-        """See `Policy.shard`: FSDP2 on every denoiser and on the references kept."""
+        """See `Policy.shard`: FSDP2, and Ulysses, on every denoiser and on the references kept."""
+        networks = (*self.modules.values(), *self._references.values())
+        if world.context > 1:
+            self._require_context(world.context)
+            self.context = world.context
+            for module in networks:
+                self._split(module, world)
         if world.fsdp > 1:
-            for module in (*self.modules.values(), *self._references.values()):
+            for module in networks:
                 shard(module, world)
+
+    def context_plan(self) -> Mapping[str, Any] | None:
+        """What context parallelism splits and gathers in a denoiser, as diffusers writes it; None where nothing can be.
+
+        A family whose class in diffusers has no plan, or not a right one, writes its own.
+        """
+        return getattr(self.module, "_cp_plan", None)
+
+    @property
+    def token_grid(self) -> tuple[int, ...]:
+        """(frames, rows, columns) or (rows, columns) of the tokens that a sample's latents become in the denoiser."""
+        return ()
+
+    def _require_context(self, degree: int) -> None:
+        """Raises ConfigError where the sequences or the heads cannot be split over `degree` ranks evenly."""
+        family, plan = type(self.pipeline).__name__, self.context_plan()
+        require_split(family, self.module, self.model, plan, self.token_grid, degree)
+
+    def _split(self, network: Any, world: World) -> None:
+        """Splits the sequences of one denoiser."""
+        split_sequences(network, self.context_plan() or {}, world)
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.policies.base import Condition
+from dancegrpo.policies.context import filled
 from dancegrpo.policies.flow import FlowPolicy, resolution_mu
 from dancegrpo.policies.guidance import NEGATIVE, guide
 from dancegrpo.policies.matching import require_text_width
@@ -60,6 +61,11 @@ class QwenImagePolicy(FlowPolicy):
         self.latent_shape = (rows * columns, config.in_channels)
         self._img_shape = (1, rows, columns)
 
+    @property
+    def token_grid(self) -> tuple[int, ...]:
+        """See `PipelinePolicy.token_grid`."""
+        return self._img_shape[1:]
+
     def _schedule(self, num_steps: int, scheduler: Any) -> dict[str, Any]:
         sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
         return {"sigmas": sigmas, "mu": resolution_mu(self.latent_shape[0], scheduler)}
@@ -94,7 +100,7 @@ class QwenImagePolicy(FlowPolicy):
         return guided * (torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
 
     def _velocity(self, x_t: Tensor, step: Tensor, condition: Condition, prefix: str = "") -> Tensor:
-        text, mask = _trimmed(condition.tensors[prefix + TEXT], condition.tensors[prefix + MASK])
+        text, mask = _trimmed(condition.tensors[prefix + TEXT], condition.tensors[prefix + MASK], self.context)
         with self.autocast():
             velocity = self.network()(
                 hidden_states=x_t,
@@ -138,11 +144,15 @@ class QwenImagePolicy(FlowPolicy):
         return guided | {"max_sequence_length": self.max_sequence_length}
 
 
-def _trimmed(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+def _trimmed(text: Tensor, mask: Tensor, degree: int) -> tuple[Tensor, Tensor | None]:
     """text (B, L, D), mask (B, L), True first -> both without the tokens that no row has; None for a mask of ones.
+
+    degree: the ranks over which they will be split: their length becomes a multiple of it.
 
     Rows of equal length are then told to the network as the pipeline does, bit for bit, whatever longer prompts the
     condition was put together with.
     """
     shortest, longest = torch.stack(mask.sum(1).aminmax()).tolist()  # one wait for the device, not two
-    return text[:, :longest], None if shortest == longest else mask[:, :longest]
+    whole = shortest == longest and longest % degree == 0
+    text, mask = filled(text[:, :longest], mask[:, :longest], degree)
+    return text, None if whole else mask

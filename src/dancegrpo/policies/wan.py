@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -78,6 +78,19 @@ class WanPolicy(FlowPolicy):
         # Wan 2.2 5B is told the time of each token; only frames that are given (image-to-video) have one of their own.
         tokens = self.latent_shape[1], -(-rows // 2) * -(-columns // 2)
         self._token_times = torch.ones(tokens, device=self.device) if self._expand else None
+
+    @property
+    def token_grid(self) -> tuple[int, ...]:
+        """See `PipelinePolicy.token_grid`; a frame that is given is one of them."""
+        network, factor = self.module, self.pipeline.vae.config.scale_factor_temporal
+        _, _, *grid = self.latent_shape
+        patches = network.config["patch_size"]
+        return tuple(n // p for n, p in zip((self._latent_frames(factor), *grid), patches, strict=True))
+
+    def context_plan(self) -> Mapping[str, Any]:
+        """See `PipelinePolicy.context_plan`: diffusers', whose first part is of times that tokens have of their own."""
+        plan = super().context_plan() or {}
+        return {name: part for name, part in plan.items() if name or self._expand}
 
     @property
     def _expand(self) -> bool:

@@ -99,6 +99,26 @@ def _filler(like: Tensor, size: int) -> Tensor:
     return like.new_full((size,), torch.nan if like.is_floating_point() else 0)
 
 
+class Unasked:
+    """Stands in for a judge on ranks whose samples another rank shows to it: a score of 0 each, which nobody reads."""
+
+    differentiable = False
+    device = None
+
+    def __init__(self, judge: Reward) -> None:
+        self.name, self.batch_size = judge.name, judge.batch_size
+        self.in_evaluation = getattr(judge, "in_evaluation", True)
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """B samples -> B zeros."""
+        zeros = torch.zeros(len(prompts), device=media.device)
+        return Scores(zeros, torch.ones_like(zeros, dtype=torch.bool))
+
+    def to(self, device: torch.device | str) -> Unasked:
+        """Itself: there is nothing to move."""
+        return self
+
+
 @runtime_checkable
 class Reward(Protocol):
     """A judge. Anything callable as `(media, prompts) -> Scores` with these three attributes and `to` will do.

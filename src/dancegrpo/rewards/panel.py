@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dancegrpo.errors import RewardError
 from dancegrpo.prompts import Prompt
-from dancegrpo.rewards.base import NOT_FINITE, Reward, Scores, as_media, check_media, describe
+from dancegrpo.rewards.base import NOT_FINITE, Reward, Scores, Unasked, as_media, check_media, describe
 from dancegrpo.rewards.scoring import Scoring
 
 MIN_VALID_FRACTION = 0.5
@@ -59,6 +59,11 @@ class Judges:
         panel = Judges(asked, {name: self.weights[name] for name in asked})
         panel._warned = self._warned  # what was told once is not told again
         return panel
+
+    def unasked(self, *, but_trained: bool) -> Judges:
+        """A panel of the same names that asks nobody; but_trained: whether those trained on stay as they are."""
+        kept = self.trained if but_trained else ()
+        return Judges({n: judge if n in kept else Unasked(judge) for n, judge in self.rewards.items()}, self.weights)
 
     def score(self, media: Tensor, prompts: Sequence[Prompt]) -> dict[str, Scores]:
         """Every judge's scores for B samples, on the media's device, in the order given.
