@@ -167,7 +167,7 @@ def test_a_later_layout_is_refused_in_one_line(tmp_path):
 def test_only_the_kinds_that_are_wanted_are_read(tmp_path):
     (save(tmp_path, checkpoint(1)) / "step.safetensors").unlink()
     assert load(tmp_path, 1, kinds=("weights",)).tensors.keys() == {"weights"}
-    with pytest.raises(CheckpointError, match="000001 is damaged .*: choose among 1"):
+    with pytest.raises(CheckpointError, match=r"000001 is damaged .*: choose among 1"):
         load(tmp_path, 1)
 
 
