@@ -10,7 +10,7 @@ import torch
 
 from dancegrpo import evaluate
 from dancegrpo.config import load_config
-from dancegrpo.distributed import started
+from dancegrpo.distributed import started, whole
 from dancegrpo.rewards import FunctionReward
 from dancegrpo.settings import ParallelConfig
 from dancegrpo.trainer import Trainer
@@ -35,7 +35,7 @@ def main() -> None:
             config = load_config(recipe, overrides)
             trainer = Trainer(config, {"bright": FunctionReward(brightness, "bright", 4)}, world)
             metrics = [trainer.iterate(i) for i in range(config.iterations)]
-            weights = trainer.updater.state_dict()["weights"]
+            weights = {name: whole(w) for name, w in trainer.updater.state_dict()["weights"].items()}
             record = evaluate.evaluate(
                 trainer.policy, trainer.judges, trainer.held_out, seed=1, batch_size=3, world=world
             )

@@ -28,6 +28,9 @@ JudgeOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="The judge's settings as in a recipe, `options.batch_size=8`."),
 ]
+Which = Annotated[
+    str, typer.Option("--checkpoint", help="Of a run: `latest`, `best` on held-out prompts, or after N iterations.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
@@ -91,12 +94,14 @@ def sample(
     image: Annotated[
         Path | None, typer.Option(help="The picture that an image-to-video model animates, for every --prompt.")
     ] = None,
+    checkpoint: Which = "latest",
     as_json: AsJson = False,
 ) -> None:
-    """Draw pictures or clips with the deterministic sampler, from a run's newest weights or a recipe's base."""
+    """Draw pictures or clips with the deterministic sampler, from a run's weights or a recipe's base."""
     from dancegrpo.inference import draw
 
-    files = draw(source, list(prompt or []), count=count, seed=seed, out=out, form=form, image=image)
+    shown: Any = {"count": count, "seed": seed, "out": out, "form": form, "image": image}
+    files = draw(source, list(prompt or []), **shown, checkpoint=checkpoint)
     _print({"files": [str(file) for file in files]}, "\n".join(map(str, files)), as_json)
 
 
@@ -124,12 +129,13 @@ def make_images(
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run folder, or a recipe for its untrained pipeline.")],
     overrides: Overrides = None,
+    checkpoint: Which = "latest",
     as_json: AsJson = False,
 ) -> None:
     """Measure held-out prompts with fixed noise and the deterministic sampler; a run is compared with its start."""
     from dancegrpo.inference import measure
 
-    result, table = measure(source, list(overrides or []))
+    result, table = measure(source, list(overrides or []), checkpoint=checkpoint)
     _print(result, table, as_json)
 
 
@@ -224,12 +230,13 @@ def export(
     run_dir: Annotated[Path, typer.Argument(help="A run folder with a checkpoint.")],
     out: Annotated[Path, typer.Option(help="A new folder for the pipeline or the LoRA weights.")],
     ema: Annotated[bool, typer.Option("--ema/--no-ema", help="Take the moving average where the run kept one.")] = True,
+    checkpoint: Which = "latest",
     as_json: AsJson = False,
 ) -> None:
     """Write a run's weights as a diffusers pipeline (or LoRA weights) with a model card."""
     from dancegrpo.inference import export as write
 
-    path = write(run_dir, out, ema=ema)
+    path = write(run_dir, out, ema=ema, checkpoint=checkpoint)
     _print({"export": str(path)}, str(path), as_json)
 
 

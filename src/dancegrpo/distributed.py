@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -338,23 +338,46 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def laid_out(tensor: Tensor, like: Tensor, *, copy: bool = False) -> Tensor:
-    """A whole tensor as `like` is laid out: on its device, this rank's shard of it where it is sharded."""
+class InParts(Protocol):
+    """A tensor that lies elsewhere and is read part by part."""
+
+    def read(self, first: Sequence[int] | None = None, length: Sequence[int] | None = None) -> Tensor:
+        """A copy of the elements from `first` on, `length` of them, by dimension; by default all."""
+
+
+def laid_out(tensor: Tensor | InParts, like: Tensor, *, copy: bool = False) -> Tensor:
+    """A whole tensor as `like` is laid out: on its device, this rank's shard of it where it is sharded.
+
+    Of a tensor that lies elsewhere no more is read than this rank's shard.
+    """
     if isinstance(tensor, DTensor):
         return tensor
+    if not isinstance(tensor, Tensor):
+        mine = tensor.read(*part(like)).to(like.device)
+        if not isinstance(like, DTensor):
+            return mine
+        layout: Any = {"run_check": False, "shape": like.shape, "stride": like.stride()}
+        return DTensor.from_local(mine, like.device_mesh, like.placements, **layout)
     if not isinstance(like, DTensor):
         return tensor.to(like.device, copy=copy)
     # Every rank has read the same tensor: nothing needs to be sent.
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def part(tensor: Tensor) -> tuple[list[int], list[int]]:
+    """Where what lies on this rank belongs in the whole tensor: first index and length, by dimension."""
+    first, length = [0] * tensor.ndim, list(tensor.shape)
+    if isinstance(tensor, DTensor):
+        for number, placement in enumerate(tensor.placements):
+            if isinstance(placement, Shard):  # cut as `torch.chunk` cuts: the last ones may be short, or empty
+                mesh, dimension = tensor.device_mesh, placement.dim
+                rows = -(-length[dimension] // mesh.size(number))
+                begin = min(rows * mesh.get_local_rank(number), length[dimension])
+                first[dimension] += begin
+                length[dimension] = min(rows, length[dimension] - begin)
+    return first, length
+
+
 def first_element(weight: Tensor) -> int:
     """Where this rank's shard begins in the whole weight, laid out flat; 0 where it is not sharded."""
-    if not isinstance(weight, DTensor):
-        return 0
-    for dimension, placement in enumerate(weight.placements):
-        if isinstance(placement, Shard):
-            ranks = weight.device_mesh.size(dimension)
-            rows = -(-weight.shape[0] // ranks) * weight.device_mesh.get_local_rank(dimension)
-            return min(rows, weight.shape[0]) * (weight.numel() // max(1, weight.shape[0]))
-    return 0
+    return part(weight)[0][0] * (weight.numel() // max(1, weight.shape[0])) if weight.ndim else 0

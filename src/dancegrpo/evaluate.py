@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from dancegrpo.noise import generator, normal
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.prompts import Prompt, open_prompts
 from dancegrpo.rewards import Judges, Scores
+from dancegrpo.run_folder import RunFolder
 from dancegrpo.sampling import sample
+from dancegrpo.statistics import main_column, summarize
 
 Encode = Callable[[Sequence[Prompt]], Condition]
 
@@ -98,3 +102,20 @@ def evaluate(
         "columns": columns,
         "valid": {name: scores.valid.tolist() for name, scores in verdicts.items()},
     }
+
+
+def best_iteration(run: RunFolder, config: RunConfig, among: Iterable[int]) -> int | None:
+    """Of these iterations the one after which the run measured the best mean, the earliest of equals; None without any.
+
+    By the column that stands for the run in its report. What is measured before the first iteration does not count:
+    there is no checkpoint of it.
+    """
+    means: dict[int, dict[str, float | None]] = {}
+    for iteration in sorted(among):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # not measured
+            record = json.loads(run.evaluation_file(iteration).read_text(encoding="utf-8"))
+            means[iteration] = summarize(record).means
+    trained = [name for name, reward in config.rewards.items() if reward.weight]
+    column = main_column(next(iter(means.values()), {}), trained)
+    known = {iteration: mean for iteration, held in means.items() if (mean := held.get(column or "")) is not None}
+    return max(known, key=lambda iteration: known[iteration], default=None)

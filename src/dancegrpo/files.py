@@ -25,21 +25,40 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(partial)
         write(partial)
-        if path.is_dir() and partial.is_dir():
-            # A folder cannot be replaced in one move: the old one goes aside, so that a kill in between loses nothing.
-            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
-            remove(aside)
-            path.rename(aside)
-            partial.replace(path)
-            remove(aside)
-        else:
-            partial.replace(path)
+        replace(partial, path)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CheckpointError(f"cannot write {path}: {reason}; free space or name another folder") from error
     finally:
         with contextlib.suppress(OSError):  # the error under way, if any, is the one to tell
             remove(partial)
+
+
+def replace(partial: Path, path: Path) -> None:
+    """Renames a file or folder to `path`; one of the same kind that is there gives way."""
+    if path.is_dir() and partial.is_dir():
+        # A folder cannot be replaced in one move: the old one goes aside, so that a kill in between loses nothing.
+        aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+        remove(aside)
+        path.rename(aside)
+        partial.replace(path)
+        remove(aside)
+    else:
+        partial.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk itself, so that it outlives a loss of power."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():  # Windows opens no folders
+            return
+        raise
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dancegrpo import evaluate
-from dancegrpo.checkpoint import Checkpoint, load_latest
+from dancegrpo.checkpoint import Checkpoint, iterations, load, load_latest
 from dancegrpo.config import RunConfig, diff_configs, load_config
+from dancegrpo.distributed import laid_out
 from dancegrpo.errors import CheckpointError, ConfigError, PromptError
 from dancegrpo.health import use_threads
 from dancegrpo.media import require_numbers, save_image
@@ -24,6 +26,8 @@ from dancegrpo.run_folder import RunFolder
 from dancegrpo.statistics import Comparison, Summary, compare, summarize
 from dancegrpo.video import save_clip
 
+USED = ("weights", "ema")
+"""Kinds of a checkpoint's tensors that are read: not the optimizer's."""
 Form = Literal["png", "webp", "mp4"]
 
 
@@ -37,10 +41,17 @@ class Trained:
     iteration: int
 
 
-def load_trained(source: str, overrides: Sequence[str] = (), *, ema: bool = True) -> Trained:
-    """A run folder's newest weights (the moving average where it kept one and `ema`), or a recipe's base."""
+def load_trained(
+    source: str, overrides: Sequence[str] = (), *, ema: bool = True, checkpoint: str = "latest"
+) -> Trained:
+    """A run folder's weights (the moving average where it kept one and `ema`), or a recipe's base.
+
+    checkpoint: `latest`, `best` (measured so on held-out prompts), or after how many iterations.
+    """
     path = Path(source)
     if not path.is_dir():
+        if checkpoint != "latest":
+            raise ConfigError(f"--checkpoint {checkpoint} is for a run's folder: {source} is a recipe, leave it away")
         config = load_config(source, overrides)
         use_threads(config.threads)
         return Trained(config, load_policy(config.model, config.rollout), None, 0)
@@ -48,14 +59,32 @@ def load_trained(source: str, overrides: Sequence[str] = (), *, ema: bool = True
     config = load_config(run.config_file, overrides)
     use_threads(config.threads)
     policy = load_policy(config.model, config.rollout)
-    warnings: list[str] = []
-    checkpoint = load_latest(path, warnings.append)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{path} has no whole checkpoint{''.join(f' ({w})' for w in warnings)}: let the run reach one first"
-        )
-    _load_weights(policy, checkpoint, ema=ema)
-    return Trained(config, policy, run, checkpoint.iteration)
+    found = _checkpoint(run, checkpoint)
+    _load_weights(policy, found, ema=ema)
+    return Trained(config, policy, run, found.iteration)
+
+
+def _checkpoint(run: RunFolder, which: str) -> Checkpoint:
+    if which == "latest":
+        damaged: list[str] = []
+        found = load_latest(run.path, damaged.append, kinds=USED)
+        for warning in damaged:
+            warnings.warn(warning, stacklevel=2)
+        if found is None:
+            raise CheckpointError(f"{run.path} has no whole checkpoint: let the run reach one first")
+        return found
+    if which == "best":
+        best = evaluate.best_iteration(run, run.config(), iterations(run.path, abandoned=True))
+        if best is None:
+            raise CheckpointError(
+                f"no checkpoint of {run.path} was measured on held-out prompts: use --checkpoint latest"
+            )
+        number = best
+    elif which.isdecimal():
+        number = int(which)
+    else:
+        raise ConfigError(f"--checkpoint {which!r}: use best, latest, or after how many iterations")
+    return load(run.path, number, kinds=USED)
 
 
 COMPARED = ("model.", "rollout.", "rewards.", "prompts.", "seed")
@@ -74,7 +103,7 @@ def _load_weights(policy: Policy, checkpoint: Checkpoint, *, ema: bool) -> None:
             "model.lora as the run had them"
         )
     for name, parameter in trainable.items():
-        parameter.copy_(weights[name])
+        parameter.copy_(laid_out(weights[name], parameter))
 
 
 def draw(
@@ -86,6 +115,7 @@ def draw(
     out: Path,
     form: Form | None = None,
     image: Path | None = None,
+    checkpoint: str = "latest",
 ) -> list[Path]:
     """`count` samples of each text (of four held-out prompts where none is given), as out/PROMPT-NUMBER.SUFFIX.
 
@@ -99,7 +129,7 @@ def draw(
         )
     if image is not None and not image.is_file():
         raise PromptError(f"--image {image} does not exist: name a picture file")
-    trained = load_trained(source)
+    trained = load_trained(source, checkpoint=checkpoint)
     config = trained.config
     form = _form(form, config.model.num_frames)
     if texts:
@@ -142,9 +172,9 @@ def _save(frames: Tensor, file: Path, fps: float) -> None:
         save_clip(frames, file, fps)
 
 
-def measure(source: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+def measure(source: str, overrides: Sequence[str] = (), *, checkpoint: str = "latest") -> tuple[dict[str, Any], str]:
     """Held-out scores as (JSON-able result, printed table), compared with the start where the run measured the same."""
-    trained = load_trained(source, overrides)
+    trained = load_trained(source, overrides, checkpoint=checkpoint)
     config = trained.config
     if not config.evaluation.num_prompts or not config.prompts.evaluation:
         raise ConfigError(f"{source} has no held-out prompts: set prompts.evaluation=FILE and evaluation.num_prompts=N")
@@ -198,9 +228,9 @@ def _as_table(summary: Summary, comparison: Comparison | None) -> str:
     return "\n".join(lines)
 
 
-def export(run_dir: Path, out: Path, *, ema: bool = True) -> Path:
+def export(run_dir: Path, out: Path, *, ema: bool = True, checkpoint: str = "latest") -> Path:
     """Writes the run's weights so that diffusers alone loads them, with a model card."""
-    trained = load_trained(str(run_dir), ema=ema)
+    trained = load_trained(str(run_dir), ema=ema, checkpoint=checkpoint)
     config = trained.config
     card = ModelCard(
         base_model=config.model.path,

@@ -44,6 +44,10 @@ class Milestones:
         every = self.config.evaluation.every
         return done in (0, self.config.iterations) or (every > 0 and done % every == 0)
 
+    def measures(self, done: int) -> bool:
+        """Whether held-out prompts are scored then."""
+        return self.due(done) and self.config.evaluation.num_prompts > 0
+
     def reach(self, folder: RunFolder, done: int, progress: Progress, tracker: Tracker) -> None:
         """Draws and measures where that is due after `done` iterations, and not yet done."""
         if not self.due(done):

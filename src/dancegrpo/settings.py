@@ -436,6 +436,8 @@ class CheckpointConfig(Frozen):
     """Iterations between checkpoints; 0 = only after the last."""
     keep: Positive = 2
     """The newest checkpoints that are kept."""
+    best: bool = True
+    """Also saves at every evaluation, and keeps the checkpoint that was measured best on held-out prompts."""
 
 
 class HealthConfig(Frozen):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
@@ -133,6 +133,18 @@ def paired_bootstrap(
     return PairedGain(
         float(first.mean()), float(second.mean()), float(difference.mean()), float(low), float(high), int(n)
     )
+
+
+def main_column(means: Mapping[str, float | None], trained: Collection[str]) -> str | None:
+    """The column that stands for a run: a trained judge's pass verdict, else any verdict, else a trained score.
+
+    means: by column, None where no row is valid. trained: names of the judges of weight above 0.
+    """
+    present = [name for name, mean in means.items() if mean is not None]
+    passes = [name for name in present if is_pass_column(name)]
+    preferred = [name for name in passes if name.removesuffix("/pass") in trained]
+    scores = [name for name in present if name in trained]
+    return next(iter(preferred + passes + scores + present), None)
 
 
 def summarize(evaluation: Mapping[str, Any], level: float = 0.95) -> Summary:

@@ -175,7 +175,7 @@ class Trainer:
             tracking = config.tracking if self.world.main else config.tracking.model_copy(update={"backend": "none"})
             tracker = open_tracker(tracking, folder.path, folder.path.name, settings, first_step=done)
             try:
-                with self.writer:
+                with self.state.saving(folder), self.writer:
                     done = self._loop(folder, done, progress, tracker, stopped)
                 status = "finished" if done >= config.iterations else "stopped"
             finally:
@@ -200,6 +200,7 @@ class Trainer:
             tracker.log(metrics, done)
             progress.iteration(metrics)
             done += 1
+            self.state.check(progress)
             if decision.action == "roll back":
                 self.state.roll_back(folder, done, self._seconds(), decision, progress)
             elif decision.action == "stop":
@@ -209,6 +210,7 @@ class Trainer:
                 break
             asked = world.any(stopped.is_set())  # whichever rank heard it
             saved = done == config.iterations or _due(config.checkpoint.every, done) or asked
+            saved = saved or (config.checkpoint.best and self.milestones.measures(done))
             if saved:
                 # Before the evaluation: whoever asks to stop may not wait for it, and a resumed run makes it up.
                 self.state.save(folder, done, self._seconds())

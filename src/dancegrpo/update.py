@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from dancegrpo.algorithms import Learning, Part
 from dancegrpo.config import RunConfig
-from dancegrpo.distributed import ALONE, World, first_element, laid_out, local, whole
+from dancegrpo.distributed import ALONE, InParts, World, first_element, laid_out, local, whole
 from dancegrpo.health.guard import Guard
 from dancegrpo.policies.base import Policy
 
@@ -118,28 +119,24 @@ class Updater:
         return math.sqrt(moved / start) if start else math.sqrt(moved)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors to resume from, whole, by kind and parameter name: weights, exp_avg, exp_avg_sq, step, ema.
-
-        Every rank must ask.
-        """
-        state = {"weights": {name: whole(p.detach()) for name, p in self.parameters.items()}}
+        """Tensors to resume from, as they lie, by kind and parameter name: weights, exp_avg, exp_avg_sq, step, ema."""
+        state = {"weights": {name: p.detach() for name, p in self.parameters.items()}}
+        known = {name: self.optimizer.state[p] for name, p in self.parameters.items() if p in self.optimizer.state}
         for kind in ("exp_avg", "exp_avg_sq", "step"):
-            held = {n: self.optimizer.state[p][kind] for n, p in self.parameters.items() if p in self.optimizer.state}
-            state[kind] = {name: whole(tensor) for name, tensor in held.items()}
+            state[kind] = {name: held[kind] for name, held in known.items()}
         if self.ema is not None:
-            state["ema"] = {name: whole(average) for name, average in self.ema.items()}
+            state["ema"] = dict(self.ema)
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]], num_updates: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor | InParts]], num_updates: int) -> None:
         """Restores `state_dict` in place, on any number of ranks."""
         for name, parameter in self.parameters.items():
             parameter.copy_(laid_out(state["weights"][name], parameter))
             if name in state["step"]:
-                kinds = ("exp_avg", "exp_avg_sq")  # copied: loaded tensors lie unaligned in a mapped file
-                held = {kind: laid_out(state[kind][name], parameter, copy=True) for kind in kinds}
-                device = local(parameter).device
-                self.optimizer.state[parameter] = held | {"step": state["step"][name].to(device, copy=True)}
+                held = {kind: laid_out(state[kind][name], parameter, copy=True) for kind in ("exp_avg", "exp_avg_sq")}
+                step = torch.zeros((), device=local(parameter).device)
+                self.optimizer.state[parameter] = held | {"step": laid_out(state["step"][name], step, copy=True)}
             if self.ema is not None:
                 self.ema[name].copy_(laid_out(state["ema"][name], parameter))
         self.num_updates = num_updates

@@ -14,7 +14,7 @@ from dancegrpo.algorithms.baseline import GroupBaseline
 from dancegrpo.algorithms.forward import draw_steps, forward_noise
 from dancegrpo.algorithms.work import work_list
 from dancegrpo.config import RunConfig
-from dancegrpo.distributed import ALONE, World, laid_out, whole
+from dancegrpo.distributed import ALONE, World, laid_out
 from dancegrpo.objectives import nft_loss, optimality
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.prompts import Prompt
@@ -83,7 +83,7 @@ class NFT(GroupBaseline):
 
     def tensors(self) -> dict[str, Tensor]:
         """The sampling policy's weights."""
-        return {name: whole(weight) for name, weight in (self.old or {}).items()}
+        return dict(self.old or {})
 
     def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Restores `tensors`."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 from dancegrpo.errors import PromptError
 from dancegrpo.report.folder import RunFolder
-from dancegrpo.statistics import Comparison, PairedGain, Rate, Summary, compare, is_pass_column, summarize
+from dancegrpo.statistics import Comparison, PairedGain, Rate, Summary, compare, is_pass_column, main_column, summarize
 
 Tone = Literal["good", "bad", "flat", "open"]
 
@@ -80,17 +80,8 @@ def read_held_out(run: RunFolder) -> HeldOut | None:
             comparison = compare(run.evaluations[0], run.evaluations[-1])
         except PromptError as error:
             problem = f"First and last evaluation cannot be paired: {error}"
-    return HeldOut(summaries, comparison, main_column(run, summaries[-1]), problem)
-
-
-def main_column(run: RunFolder, summary: Summary) -> str | None:
-    """The column that stands for the run: a trained judge's pass verdict, else any verdict, else a trained score."""
     trained = [judge for judge in run.judges() if run.weight(judge)]
-    present = [name for name, mean in summary.means.items() if mean is not None]
-    passes = [name for name in present if is_pass_column(name)]
-    preferred = [name for name in passes if name.removesuffix("/pass") in trained]
-    scores = [name for name in present if name in trained]
-    return next(iter(preferred + passes + scores + present), None)
+    return HeldOut(summaries, comparison, main_column(summaries[-1].means, trained), problem)
 
 
 def verdict(run: RunFolder, held_out: HeldOut | None) -> Verdict:
