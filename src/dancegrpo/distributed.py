@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,27 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dancegrpo.errors import ConfigError
+from dancegrpo.launch import Launch
 from dancegrpo.settings import ParallelConfig
+from dancegrpo.watchdog import LOST, Place, Watchdog, at_most, watching
+
+_MARGIN = 60.0
+"""Seconds that the process group waits beyond `parallel.timeout`: the watchdog, which knows who hangs, comes first."""
+_START = 600.0
+"""Seconds within which all processes must have started."""
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def _meeting(method: Callable[Concatenate[World, P], R]) -> Callable[Concatenate[World, P], R]:
+    """A method in which ranks wait for each other: the place says so meanwhile."""
+
+    @wraps(method)
+    def met(self: World, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.place.meeting():
+            return method(self, *args, **kwargs)
+
+    return met
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,11 @@ class World:
     """Ranks over which weights are sharded."""
     mesh: Any = None
     """The device mesh, (replicate, fsdp); None in a single process."""
+    place: Place = field(default_factory=Place, compare=False)
+    """What this process is doing."""
+    launch: Launch | None = field(default=None, compare=False)
+    """How the processes were started; None in a single process."""
+    watchdog: Watchdog | None = field(default=None, compare=False)
 
     @property
     def main(self) -> bool:
@@ -106,6 +132,7 @@ class World:
     def _run(self, count: int, owner: int) -> tuple[int, int]:
         return owner * count // self.size, (owner + 1) * count // self.size
 
+    @_meeting
     def gather(self, rows: Tensor) -> Tensor:
         """Every rank's rows (N_rank, ...) one after another, on the CPU; N may differ from rank to rank."""
         if self.size == 1:
@@ -144,11 +171,18 @@ class World:
         """Whether it is so on any rank."""
         return self.largest(float(value)) > 0
 
+    @_meeting
     def barrier(self) -> None:
         """Waits for all."""
         if self.size > 1:
             dist.barrier()
 
+    def all_reach(self, name: str, seconds: float = 15.0) -> bool:
+        """Whether every rank comes to the same `name` within so many seconds; also after an error, as no message is
+        sent that would wait for those who do not come."""
+        return self.launch is None or self.launch.all_reach(name, seconds)
+
+    @_meeting
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Adds up the gradients of plain parameters over all ranks; those of sharded ones were summed as they came."""
         plain = [p for p in parameters if not isinstance(p, DTensor)]
@@ -192,16 +226,21 @@ def started(config: ParallelConfig) -> Iterator[World]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
+    launch = Launch.join(_START)
     # What is gathered by hand is small and on the host: gloo carries it, NCCL the weights and gradients.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    patience = timedelta(seconds=config.timeout + _MARGIN)
+    dist.init_process_group(backend, store=launch.store, rank=launch.rank, world_size=size, timeout=patience)
+    place = Place()
     try:
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        layout = {"replicate": size // config.fsdp, "fsdp": config.fsdp}
-        mesh = init_device_mesh(kind, tuple(layout.values()), mesh_dim_names=tuple(layout))
-        yield World(dist.get_rank(), size, config.fsdp, mesh)
+        with watching(launch, place, config.timeout) as watchdog:
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
+            layout = {"replicate": size // config.fsdp, "fsdp": config.fsdp}
+            mesh = init_device_mesh(kind, tuple(layout.values()), mesh_dim_names=tuple(layout))
+            yield World(launch.rank, size, config.fsdp, mesh, place, launch, watchdog)
     finally:
-        dist.destroy_process_group()
+        with at_most(LOST):
+            dist.destroy_process_group()
 
 
 def shard(module: Any, world: World) -> None:

@@ -409,8 +409,9 @@ class ParallelConfig(Frozen):
 
     fsdp: Positive = 1
     """Ranks over which the weights are sharded (FSDP2); the others hold copies."""
-    timeout: PositiveFloat = 600.0
-    """Seconds after which a rank that waits for another gives up."""
+    timeout: PositiveFloat = 1800.0
+    """Seconds that a rank may keep others waiting before it counts as hanging: more than the slowest thing that one
+    rank does for itself (a judge's answer, an evaluation, a save). A rank that is gone is noticed much sooner."""
 
 
 class EvaluationConfig(Frozen):
