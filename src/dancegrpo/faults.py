@@ -1,12 +1,15 @@
-"""Memory that runs out: in which phase, what to change, and the smaller micro-batch to go on with."""
+"""Requests to stop; memory that runs out: in which phase, what to change, and the smaller micro-batch to go on with."""
 
 from __future__ import annotations
 
 import gc
 import re
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -44,7 +47,9 @@ def memory_explained(config: RunConfig, place: Place) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(memory_advice(error, config, place)) from error
+        told = memory_advice(error, config, place)
+        free_memory(error)  # what follows, saving, wants some
+        raise OutOfMemoryError(told) from error
 
 
 def memory_advice(error: BaseException | str, config: RunConfig, place: Place) -> str:
@@ -106,9 +111,28 @@ class MicroBatchSize:
         held = [size for since, index, size in self.changes if (since, index) <= (iteration, part)]
         return min([self.asked, *held])
 
-    def halve(self, iteration: int, part: int) -> int:
-        """Half of it from this step on."""
-        size = -(-self.at(iteration, part) // 2)
+    def halve(self, iteration: int, part: int, items: int) -> int:
+        """Half of it from this step on, which has so many items: at most half of those."""
+        size = -(-min(self.at(iteration, part), items) // 2)
         self.changes.append([iteration, part, size])
         self.record(self.changes)
         return size
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM finish the iteration and save; a second Ctrl-C interrupts at once."""
+    stopped = threading.Event()
+    previous: dict[int, Any] = {}
+
+    def request(number: int, _: object) -> None:
+        stopped.set()
+        signal.signal(number, previous[number])
+
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from dancegrpo.background import BackgroundWriter
 from dancegrpo.config import RunConfig, load_config
 from dancegrpo.distributed import ALONE, World, started
 from dancegrpo.errors import ConfigError, RankError
-from dancegrpo.faults import free_memory, is_out_of_memory, memory_explained
+from dancegrpo.faults import memory_explained, stop_requests
 from dancegrpo.group_sampler import GroupSampler
 from dancegrpo.health import (
     Clock,
@@ -185,7 +183,7 @@ class Trainer:
         """Runs to `config.iterations`, leaving checkpoints, evaluations, samples and the report in the folder."""
         config, status = self.config, "failed"
         console = Console(stderr=True, quiet=not self.world.main)  # standard output is for results
-        with Progress(config.iterations, 0, config.name, console=console) as progress, _stop_requests() as stopped:
+        with Progress(config.iterations, 0, config.name, console=console) as progress, stop_requests() as stopped:
             done, seconds = self._resume(folder, progress) if resume else (0, 0.0)
             self._keep_sizes(folder, progress)
             self._epoch = time.perf_counter() - seconds
@@ -217,10 +215,9 @@ class Trainer:
         """
         self._whole = self._saved = start
         try:
-            return self._iterations(folder, start, progress, tracker, stopped)
+            with memory_explained(self.config, self.world.place):
+                return self._iterations(folder, start, progress, tracker, stopped)
         except Exception as error:
-            if is_out_of_memory(error):
-                free_memory(error)
             self._rescue(folder, error, progress)
             raise
 
@@ -395,25 +392,6 @@ class Trainer:
                     scores = {name: verdict.gathered(self.world) for name, verdict in own.items()}
                 self.judges.require_valid(scores)
         return batch, scores, looks
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM finish the iteration and save; a second Ctrl-C interrupts at once."""
-    stopped = threading.Event()
-    previous: dict[int, Any] = {}
-
-    def request(number: int, _: object) -> None:
-        stopped.set()
-        signal.signal(number, previous[number])
-
-    if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _due(every: int, done: int) -> bool:

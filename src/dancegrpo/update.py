@@ -75,15 +75,15 @@ class Updater:
         where that does not help, or cannot be: the others of sharded ranks are in the middle of a forward pass.
         """
         world, step = self.world, (self.world.place.iteration or 0, index)
-        size = self.micro_batch.at(*step)
+        size, items = self.micro_batch.at(*step), -(-len(part.sample) // world.size)
         total, short = self._tried(part, learning, size)
         if world.joint:
-            if short and size > 1:
-                self.micro_batch.halve(*step)  # for a restart
+            if short and min(size, items) > 1:
+                self.micro_batch.halve(*step, items)  # for a restart
         elif world.any(bool(short)):  # all ranks go back, or their sizes part
             short = short or "on another rank"
-            if size > 1:
-                total, short = self._tried(part, learning, self.micro_batch.halve(*step))
+            if min(size, items) > 1:
+                total, short = self._tried(part, learning, self.micro_batch.halve(*step, items))
                 short = short or ("on another rank" if world.any(bool(short)) else "")
         if short:
             raise OutOfMemoryError(memory_advice(short, self.config, self.world.place))

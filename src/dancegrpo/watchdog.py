@@ -42,7 +42,7 @@ class Place:
     """When it last did anything that shows here."""
 
     def __init__(self) -> None:
-        self._phases: list[str] = ["start"]
+        self._phases: list[str] = ["load"]
         self.iteration, self.waiting, self.moved = None, None, time.monotonic()
 
     @property
@@ -179,13 +179,13 @@ class Watchdog:
         lost = [rank for rank, beat in beats.items() if self._is_lost(rank, beat, now)]
         if lost:
             self._name_lost(lost[0], beats[lost[0]], now)
-        elif said is not None:
+            return
+        self._judge_hanging(now, beats)
+        if said is not None and not self._over.is_set():
             # An error that all ranks met is each one's own to tell: a beat's time to do so.
             self._announced = now if self._announced is None else self._announced
             if now - self._announced >= BEAT or json.loads(said)["final"] or self._blaming:
                 self._finish(json.loads(said)["text"])
-        else:
-            self._judge_hanging(now, beats)
 
     def _beat(self, *, left: bool = False) -> None:
         self._count += 1
