@@ -61,7 +61,9 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="A shipped recipe (`dancegrpo recipes`) or a YAML file.")] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; by default a new one under `runs/`.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="A run folder to go on with.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run folder to go on with; `auto`: what --out holds, or else start there.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe, or go on with a run (`--resume RUN_DIR`)."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import wraps
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,27 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dancegrpo.errors import ConfigError
+from dancegrpo.launch import Launch
 from dancegrpo.settings import ParallelConfig
+from dancegrpo.watchdog import LOST, Place, Watchdog, at_most, watching
+
+_MARGIN = 60.0
+"""Seconds that the process group waits beyond `parallel.timeout`: the watchdog, which knows who hangs, comes first."""
+_START = 600.0
+"""Seconds within which all processes must have started."""
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def _meeting(method: Callable[Concatenate[World, P], R]) -> Callable[Concatenate[World, P], R]:
+    """A method in which ranks wait for each other: the place says so meanwhile."""
+
+    @wraps(method)
+    def met(self: World, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.place.meeting():
+            return method(self, *args, **kwargs)
+
+    return met
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,11 @@ class World:
     """Ranks over which a sample's sequence is split: neighbours, which have one share of the samples together."""
     sequence_mesh: Any = None
     """The device mesh of the sequences, (share, ring, ulysses); None without context parallelism."""
+    place: Place = field(default_factory=Place, compare=False)
+    """What this process is doing."""
+    launch: Launch | None = field(default=None, compare=False)
+    """How the processes were started; None in a single process."""
+    watchdog: Watchdog | None = field(default=None, compare=False)
 
     @property
     def shares(self) -> int:
@@ -142,6 +167,7 @@ class World:
             return rows.cpu()
         return self._of_ranks(rows if self.leads else rows[:0])
 
+    @_meeting
     def _of_ranks(self, rows: Tensor) -> Tensor:
         """Every rank's rows (N_rank, ...) one after another, on the CPU."""
         rows = rows.detach().cpu()
@@ -154,12 +180,12 @@ class World:
         return torch.cat([parts[rank][: int(counts[rank])] for rank in range(self.size)])
 
     def gather_json(self, value: Any) -> list[Any]:
-        """A plain value of every share, in their order."""
+        """A plain value of every rank, in their order."""
         if self.size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).clone()
         counts = torch.tensor([len(text)])
-        lengths, joined = self.gather(counts).tolist(), self.gather(text)
+        lengths, joined = self._of_ranks(counts).tolist(), self._of_ranks(text)
         return [json.loads(bytes(part.tolist())) for part in joined.split(lengths)]
 
     def from_main(self, value: Any) -> Any:
@@ -182,6 +208,7 @@ class World:
         """Whether it is so on any rank."""
         return self.largest(float(value)) > 0
 
+    @_meeting
     def barrier(self) -> None:
         """Waits for all."""
         if self.size > 1:
@@ -192,6 +219,7 @@ class World:
         """Which piece of every sequence is this process's."""
         return self.rank % self.context
 
+    @_meeting
     def whole_sequence(self, piece: Tensor) -> Tensor:
         """The pieces (N, L / context) of the ranks of this share, one after another: (N, L). No gradient."""
         piece = piece.contiguous()
@@ -199,6 +227,12 @@ class World:
         dist.all_gather(pieces, piece, group=self.sequence_mesh.get_group("ulysses"))
         return torch.cat(pieces, dim=1)
 
+    def all_reach(self, name: str, seconds: float = 15.0) -> bool:
+        """Whether every rank comes to the same `name` within so many seconds; also after an error, as no message is
+        sent that would wait for those who do not come."""
+        return self.launch is None or self.launch.all_reach(name, seconds)
+
+    @_meeting
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Adds up the gradients of plain parameters over all ranks; those of sharded ones were summed as they came.
 
@@ -247,21 +281,28 @@ def started(config: ParallelConfig) -> Iterator[World]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
+    launch = Launch.join(_START)
     # What is gathered by hand is small and on the host: gloo carries it, NCCL the weights and gradients.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    patience = timedelta(seconds=config.timeout + _MARGIN)
+    dist.init_process_group(backend, store=launch.store, rank=launch.rank, world_size=size, timeout=patience)
+    place = Place()
     try:
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        layout = {"replicate": size // config.fsdp, "fsdp": config.fsdp}
-        mesh = init_device_mesh(kind, tuple(layout.values()), mesh_dim_names=tuple(layout))
-        sequences = None
-        if config.context > 1:
-            # diffusers wants both of its ways to split; ring attention has no CPU path, and is not used.
-            layout = {"share": size // config.context, "ring": 1, "ulysses": config.context}
-            sequences = init_device_mesh(kind, tuple(layout.values()), mesh_dim_names=tuple(layout))
-        yield World(dist.get_rank(), size, config.fsdp, mesh, config.context, sequences)
+        with watching(launch, place, config.timeout) as watchdog:
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
+            layout = {"replicate": size // config.fsdp, "fsdp": config.fsdp}
+            mesh = init_device_mesh(kind, tuple(layout.values()), mesh_dim_names=tuple(layout))
+            sequences = None
+            if config.context > 1:
+                # diffusers wants both of its ways to split; ring attention has no CPU path, and is not used.
+                layout = {"share": size // config.context, "ring": 1, "ulysses": config.context}
+                sequences = init_device_mesh(kind, tuple(layout.values()), mesh_dim_names=tuple(layout))
+            meshes: Any = {"mesh": mesh, "sequence_mesh": sequences}
+            split: Any = {"fsdp": config.fsdp, "context": config.context}
+            yield World(launch.rank, size, **split, **meshes, place=place, launch=launch, watchdog=watchdog)
     finally:
-        dist.destroy_process_group()
+        with at_most(LOST):
+            dist.destroy_process_group()
 
 
 def shard(module: Any, world: World) -> None:

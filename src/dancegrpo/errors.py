@@ -27,3 +27,11 @@ class MediaError(DanceError):
 
 class CheckpointError(DanceError):
     """A run folder or checkpoint that cannot be written, read or resumed."""
+
+
+class RankError(DanceError):
+    """Another process of the run that is gone, hangs, failed or never came."""
+
+
+class OutOfMemoryError(DanceError):
+    """Memory that does not suffice; the message names the phase and the settings that help."""

@@ -53,6 +53,7 @@ class Milestones:
         if not self.due(done):
             return
         config, ema = self.config.evaluation, self.updater.ema
+        self.world.place.begin("evaluation")
         with nullcontext() if ema is None else self.policy.use_weights(ema):
             shown = self.held_out or [self.prompts[i] for i in range(min(len(self.prompts), config.samples))]
             # The main process looks for all: what it writes may appear between two looks.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -127,10 +128,13 @@ class RunFolder:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in metrics.items()
         }
+        size = self.metrics_file.stat().st_size if self.metrics_file.is_file() else 0
         try:
             with self.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
+            with suppress(OSError):  # no half line: what is added later would be unreadable with it
+                os.truncate(self.metrics_file, size)
             raise CheckpointError(
                 f"cannot write {self.metrics_file}: {error.strerror or error}; free space, then --resume"
             ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dancegrpo.config import RunConfig, diff_configs, load_config
+from dancegrpo.distributed import World
 from dancegrpo.errors import CheckpointError
 from dancegrpo.rewards import CATALOG, IN_PYTHON, FunctionReward, Reward, load_reward
 from dancegrpo.run_folder import RunFolder
@@ -14,6 +15,16 @@ from dancegrpo.settings import RewardConfig
 
 MAY_CHANGE = ("iterations", "output", "checkpoint.", "tracking.", "parallel.", "health.")
 """Settings that a resumed run may change: they do not touch what an iteration computes from its weights."""
+MEMORY = (
+    "rollout.batch_size",
+    "rollout.store",
+    "update.micro_batch_size",
+    "evaluation.batch_size",
+    "model.offload",
+    "model.gradient_checkpointing",
+    "model.vae_slicing",
+)
+"""Settings that may change too, after memory ran out: what they change is rounding."""
 
 
 def resumed_config(
@@ -34,7 +45,7 @@ def resumed_config(
     changed = {
         key: pair
         for key, pair in diff_configs(held, wanted).items()
-        if key not in placing and not key.startswith(MAY_CHANGE)
+        if key not in placing and not key.startswith(MAY_CHANGE) and key not in MEMORY
     }
     if changed:
         listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in sorted(changed.items()))
@@ -50,6 +61,23 @@ def with_rewards(config: RunConfig, rewards: Mapping[str, Any] | None) -> RunCon
     called = {name: getattr(judge, "__qualname__", type(judge).__name__) for name, judge in rewards.items()}
     named = {name: {"judge": f"{IN_PYTHON}{word}"} for name, word in called.items()}
     return load_config(config.model_dump() | {"rewards": named})
+
+
+def own_folder(settings: RunConfig, out: Path | None, world: World, call: int, *, auto: bool) -> tuple[str, bool]:
+    """The folder of a run that was not named to resume, and whether it holds one that this is to go on with: what
+    torchrun started before under this launch, or with `auto` what `out` holds."""
+    name = f"run/{call}"
+    known = world.launch.recall(name) if world.launch else None
+    if known is not None:
+        return str(RunFolder.open(Path(known)).path), True
+    if auto and out is not None and RunFolder(out).config_file.is_file():
+        resumed_config(RunFolder(out), settings, (), None)  # refuses other settings
+        folder, again = RunFolder(out), True
+    else:
+        folder, again = RunFolder.create(settings, out), False
+    if world.launch:
+        world.launch.remember(name, str(folder.path.absolute()))
+    return str(folder.path), again
 
 
 def find_judge(name: str, config: RewardConfig, given: Mapping[str, Any] | None) -> Reward:

@@ -56,11 +56,15 @@ class RunState:
         except BaseException:
             self.saver.join()
             raise
+        self.finish(folder)
+        if self.saver.saved is not None:
+            self._tidy(folder, self.saver.saved, among=self.saver.saved)
+
+    def finish(self, folder: RunFolder) -> None:
+        """Waits until what was saved last is on the disk. Raises CheckpointError where it could not be written."""
         self.saver.wait()
         if self.saver.failure is not None:
             raise CheckpointError(f"{self.saver.failure}, then go on with --resume {folder.path}")
-        if self.saver.saved is not None:
-            self._tidy(folder, self.saver.saved, among=self.saver.saved)
 
     def save(self, folder: RunFolder, done: int, seconds: float) -> None:
         """Starts to save the state after `done` iterations and `seconds` of training. Every rank must ask.

@@ -411,8 +411,9 @@ class ParallelConfig(Frozen):
     """Ranks over which the weights are sharded (FSDP2), those of `context` counted in; the others hold copies."""
     context: Positive = 1
     """Ranks that compute one sample together, each a piece of its sequence (Ulysses)."""
-    timeout: PositiveFloat = 600.0
-    """Seconds after which a rank that waits for another gives up."""
+    timeout: PositiveFloat = 1800.0
+    """Seconds that a rank may keep others waiting before it counts as hanging: more than the slowest thing that one
+    rank does for itself (a judge's answer, an evaluation, a save). A rank that is gone is noticed much sooner."""
 
 
 class EvaluationConfig(Frozen):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from dancegrpo.algorithms import build_algorithm
 from dancegrpo.background import BackgroundWriter
 from dancegrpo.config import RunConfig, load_config
 from dancegrpo.distributed import ALONE, World, started
-from dancegrpo.errors import ConfigError
+from dancegrpo.errors import ConfigError, RankError
+from dancegrpo.faults import memory_explained, stop_requests
 from dancegrpo.group_sampler import GroupSampler
 from dancegrpo.health import (
     Clock,
@@ -45,11 +45,15 @@ from dancegrpo.rewards import Judges, Reward, Scores
 from dancegrpo.run_checks import refuse_idle_negative, require_batches, require_images
 from dancegrpo.run_folder import RunFolder
 from dancegrpo.run_plan import RunPlan
-from dancegrpo.run_settings import find_judge, resumed_config, with_rewards
+from dancegrpo.run_settings import find_judge, own_folder, resumed_config, with_rewards
 from dancegrpo.run_state import RunState
 from dancegrpo.sampling import step_plan
 from dancegrpo.tracking import Tracker, open_tracker
 from dancegrpo.update import Updater
+from dancegrpo.watchdog import lost_connection
+
+_calls = itertools.count()
+"""Of `train` in this process: a script that torchrun starts again makes them in the same order."""
 
 
 @dataclass(frozen=True)
@@ -77,33 +81,42 @@ def train(
     config: a validated config, a shipped recipe's name or a YAML file; None only with `resume`. overrides: dotted
     `key=value` strings. rewards: judges as Python objects, each of weight 1; they replace the recipe's. A plain
     function is called as `judge(images, prompts)` (see `FunctionReward`). out: the run's folder. resume: a run folder
-    to go on with.
+    to go on with; "auto" goes on with what `out` holds, and starts there where it holds nothing.
+
+    Started again by torchrun (`--max-restarts`), it goes on with its own run.
 
     Raises a `DanceError` for whatever is the user's to mend.
     """
-    folder = None
-    if resume is not None:
+    folder, call = None, next(_calls)
+    if resume is not None and str(resume) != "auto":
         if out is not None:
             raise ConfigError(f"--out {out} does not go with --resume: the run goes on in {resume}, leave --out away")
         folder = RunFolder.open(Path(resume))
         settings = resumed_config(folder, config, overrides, rewards)
     elif config is None:
         raise ConfigError("no recipe given: name one (`dancegrpo recipes` lists them), or a run folder to resume")
+    elif resume is not None and out is None:
+        raise ConfigError("--resume auto needs a folder to look in: name it with --out")
     else:
         settings = config if isinstance(config, RunConfig) and not overrides else load_config(config, overrides)
         settings = with_rewards(settings, rewards)
-    with started(settings.parallel) as world:
+    with started(settings.parallel) as world, memory_explained(settings, world.place):
         judges = {name: find_judge(name, r, rewards) for name, r in settings.rewards.items()}
         trainer = Trainer(settings, judges, world)
+        again = folder is not None
         if folder is None:
-            made = RunFolder.create(settings, Path(out) if out is not None else None) if world.main else None
-            folder = RunFolder(Path(world.from_main(str(made.path) if made else None)))
+            path = Path(out) if out is not None else None
+            found = own_folder(settings, path, world, call, auto=resume is not None) if world.main else None
+            place, again = world.from_main(found)
+            folder = RunFolder(Path(place))
+        if world.watchdog is not None:
+            world.watchdog.folder = folder.path
         if not world.main:
-            return trainer.fit(replace(folder, writes=False), resume=resume is not None)
+            return trainer.fit(replace(folder, writes=False), resume=again)
         with folder.lock():
-            if resume is not None:
+            if again:
                 folder.write_config(settings)
-            return trainer.fit(folder, resume=resume is not None)
+            return trainer.fit(folder, resume=again)
 
 
 class Trainer:
@@ -146,6 +159,15 @@ class Trainer:
         self.updater = Updater(self.policy, config, world, self.guard)
         self.plan = RunPlan(config, self.policy, self.algorithm)
         self.plan.derived()  # what cannot be is refused before there is a folder
+        self._whole: int | None = 0
+        """Iterations after which the state in memory is that of a run; None in the middle of one."""
+        self._start = 0
+        """Iterations done when this process took the run up."""
+        self._row: dict[str, Any] = {}
+        """Metrics that are not yet written."""
+        if world.size > 1:
+            parts = getattr(self.policy.pipeline, "components", {}).values()
+            world.place.follow({id(part): part for part in (self.policy.module, *parts)}.values())
         self.writer = BackgroundWriter()
         self.state = RunState(config, self.updater, self.algorithm, self.judges, self.guard, world)
         self.milestones = Milestones(
@@ -164,8 +186,9 @@ class Trainer:
         """Runs to `config.iterations`, leaving checkpoints, evaluations, samples and the report in the folder."""
         config, status = self.config, "failed"
         console = Console(stderr=True, quiet=not self.world.main)  # standard output is for results
-        with Progress(config.iterations, 0, config.name, console=console) as progress, _stop_requests() as stopped:
+        with Progress(config.iterations, 0, config.name, console=console) as progress, stop_requests() as stopped:
             done, seconds = self._resume(folder, progress) if resume else (0, 0.0)
+            self._keep_sizes(folder, progress)
             self._epoch = time.perf_counter() - seconds
             folder.describe_machine(str(self.policy.device), self.threads, self.plan.derived())
             progress.message(self.plan.text())
@@ -189,46 +212,116 @@ class Trainer:
     def _loop(
         self, folder: RunFolder, start: int, progress: Progress, tracker: Tracker, stopped: threading.Event
     ) -> int:
-        """Iterations `start` to the last; returns how many are done. A request to stop is heard after each."""
+        """Iterations `start` to the last; returns how many are done. A request to stop is heard after each.
+
+        What was learnt since the last checkpoint is saved before an error ends the run.
+        """
+        self._whole = self._start = start
+        try:
+            with memory_explained(self.config, self.world.place):
+                return self._iterations(folder, start, progress, tracker, stopped)
+        except Exception as error:
+            self._rescue(folder, error, progress)
+            raise
+
+    def _iterations(
+        self, folder: RunFolder, start: int, progress: Progress, tracker: Tracker, stopped: threading.Event
+    ) -> int:
         config, done, world = self.config, start, self.world
         self.milestones.reach(folder, done, progress, tracker)
         asked = world.any(stopped.is_set())
         while done < config.iterations and not asked:
             metrics = self.iterate(done)
             decision = self._watch(metrics, progress)
-            folder.append_metrics(metrics)
-            tracker.log(metrics, done)
-            progress.iteration(metrics)
             done += 1
             self.state.check(progress)
+            self._whole, self._row = done, metrics
+            trouble = self._tell(folder, metrics, done, progress, tracker)
             if decision.action == "roll back":
                 self.state.roll_back(folder, done, self._seconds(), decision, progress)
             elif decision.action == "stop":
-                self.state.save(folder, done, self._seconds())
+                self._save(folder, done)
                 folder.write_info(verdict=decision.reason)
                 progress.message(decision.reason)
+                self._heard(stopped, trouble)
                 break
-            asked = world.any(stopped.is_set())  # whichever rank heard it
+            asked = self._heard(stopped, trouble)
             saved = done == config.iterations or _due(config.checkpoint.every, done) or asked
             saved = saved or (config.checkpoint.best and self.milestones.measures(done))
             if saved:
                 # Before the evaluation: whoever asks to stop may not wait for it, and a resumed run makes it up.
-                self.state.save(folder, done, self._seconds())
-            try:
-                if saved:
-                    self.writer.flush()  # a run that goes on from here does not draw again what was drawn before
-                else:
-                    self.writer.check()
-                if not asked:
-                    self.milestones.reach(folder, done, progress, tracker)
-            except Exception:  # a sample that cannot be written may not cost what was learnt since the last checkpoint
-                if not saved and world.size == 1:  # of several ranks, the others are elsewhere
-                    self.state.save(folder, done, self._seconds())
-                raise
+                self._save(folder, done)
+                self.writer.flush()  # a run that goes on from here does not draw again what was drawn before
+            if not asked:
+                self.milestones.reach(folder, done, progress, tracker)
             asked = world.any(stopped.is_set())
             if asked and not saved:  # asked to stop meanwhile
-                self.state.save(folder, done, self._seconds())
+                self._save(folder, done)
         return done
+
+    def _tell(
+        self, folder: RunFolder, metrics: dict[str, Any], done: int, progress: Progress, tracker: Tracker
+    ) -> Exception | None:
+        """Writes and shows an iteration's metrics; returns what went wrong with that, for all ranks to hear of."""
+        try:
+            self.writer.check()
+            folder.append_metrics(metrics)
+            self._row = {}
+            tracker.log(metrics, done)
+            progress.iteration(metrics)
+        except Exception as error:
+            return error
+        return None
+
+    def _heard(self, stopped: threading.Event, trouble: Exception | None) -> bool:
+        """Whether any rank was asked to stop; raises on every rank what went wrong on one."""
+        told = self.world.gather_json([stopped.is_set(), None if trouble is None else str(trouble)])
+        if trouble is not None:
+            raise trouble
+        for rank, (_, reason) in enumerate(told):
+            if reason is not None:
+                raise RankError(f"rank {rank} of {self.world.size} cannot go on: {reason}")
+        return any(asked for asked, _ in told)
+
+    def _save(self, folder: RunFolder, done: int) -> None:
+        self.world.place.begin("save")
+        self.state.save(folder, done, self._seconds())
+
+    def _rescue(self, folder: RunFolder, error: Exception, progress: Progress) -> None:
+        """Saves the last finished iteration before an error ends the run, where the state in memory is still that."""
+        done, kept = self._whole, self.state.saver.saved or self._start
+        if done == kept:
+            return
+        back = f"a resumed run repeats what came after iteration {kept}"
+        if done is None:
+            progress.message(f"the error came in the middle of an update, which is not saved: {back}")
+        elif lost_connection(error) or not self.world.all_reach(f"rescue/{done}"):
+            progress.message(f"nothing can be saved without the other ranks: {back}")
+        else:
+            try:
+                if self._row:
+                    folder.append_metrics(self._row)
+                self._save(folder, done)
+                self.state.finish(folder)
+            except Exception as failure:
+                progress.message(f"{failure}: {back}")
+            else:
+                progress.message(f"saved after {done} iterations, before the error: nothing is lost")
+        if self.world.watchdog is not None:
+            self.world.watchdog.leaving = True  # what is left to do waits for nobody
+
+    def _keep_sizes(self, folder: RunFolder, progress: Progress) -> None:
+        """Goes on with the micro-batches that an earlier part of the run came to, and records those to come."""
+        sizes, main = self.updater.micro_batch, self.world.main
+
+        def record(changes: Sequence[Sequence[int]]) -> None:
+            # Sharded ranks end where memory runs out: whichever it happens to records it.
+            replace(folder, writes=main or self.world.joint).write_info(micro_batch_sizes=changes)
+            iteration, _, size = changes[-1]
+            progress.message(f"out of memory in the update of iteration {iteration}: micro-batches of {size} from here")
+
+        sizes.changes = [list(change) for change in self.world.from_main(folder.info().get("micro_batch_sizes", []))]
+        sizes.record = record
 
     def _resume(self, folder: RunFolder, progress: Progress) -> tuple[int, float]:
         """Goes on where the folder's newest whole checkpoint ends: (iterations done, seconds so far)."""
@@ -251,12 +344,15 @@ class Trainer:
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics, flat."""
-        clock, policy = Clock(self.policy.device), self.policy
+        place, policy = self.world.place, self.policy
+        clock = Clock(policy.device, place)
+        place.begin("start", iteration)
         restart_peak(policy.device)
         prompts = [self.prompts[index] for index in self.sampler.indices(iteration)]
         with clock("encode"):
             condition = self.encoder.encode(prompts)
         batch, scores, looks = self._sample(iteration, prompts, condition, clock)
+        self._whole = None
         with clock("update"):
             learning = self.algorithm.learn(policy, batch, scores, prompts)
             metrics = self.updater.update(learning)
@@ -301,25 +397,6 @@ class Trainer:
                     scores = {name: verdict.gathered(self.world) for name, verdict in own.items()}
                 self.judges.require_valid(scores)
         return batch, scores, looks
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM finish the iteration and save; a second Ctrl-C interrupts at once."""
-    stopped = threading.Event()
-    previous: dict[int, Any] = {}
-
-    def request(number: int, _: object) -> None:
-        stopped.set()
-        signal.signal(number, previous[number])
-
-    if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _due(every: int, done: int) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor
 from dancegrpo.algorithms import Learning, Part
 from dancegrpo.config import RunConfig
 from dancegrpo.distributed import ALONE, InParts, World, first_element, laid_out, local, whole
+from dancegrpo.errors import OutOfMemoryError
+from dancegrpo.faults import MicroBatchSize, free_memory, is_out_of_memory, memory_advice
 from dancegrpo.health.guard import Guard
 from dancegrpo.policies.base import Policy
 
@@ -35,6 +37,7 @@ class Updater:
         if config.ema.decay is not None:
             self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.num_updates = 0
+        self.micro_batch = MicroBatchSize(config.update.micro_batch_size)
         self._landmarks = {name: _landmarks(p, len(self.parameters)).clone() for name, p in self.parameters.items()}
 
     def update(self, learning: Learning) -> dict[str, float | None]:
@@ -46,7 +49,7 @@ class Updater:
         for index, part in enumerate(learning.parts):
             if not len(part.sample):
                 continue
-            losses.append(self.accumulate(part, learning))
+            losses.append(self.accumulate(part, learning, index))
             learning.before_step(index)
             norm, moved = self._step()
             norms.append(norm)
@@ -66,18 +69,54 @@ class Updater:
             "pairs/skipped_zero_advantage": sum(part.total for part in learning.parts) - trained,
         }
 
-    def accumulate(self, part: Part, learning: Learning) -> Tensor:
-        """Gradients of one part's loss, whatever the micro-batch; returns the loss."""
+    def accumulate(self, part: Part, learning: Learning, index: int = 0) -> Tensor:
+        """Gradients of one part's loss, whatever the micro-batch; returns the loss. index: of the part.
+
+        Where memory runs out it is tried once more with half the micro-batch, which is kept. Raises OutOfMemoryError
+        where that does not help, or cannot be: the others of sharded ranks are in the middle of a forward pass.
+        """
+        world, step = self.world, (self.world.place.iteration or 0, index)
+        size, items = self.micro_batch.at(*step), -(-len(part.sample) // world.size)
+        total, short = self._tried(part, learning, size)
+        if world.joint:
+            if short and min(size, items) > 1:
+                self.micro_batch.halve(*step, items)  # for a restart
+        elif world.any(bool(short)):  # all ranks go back, or their sizes part
+            short = short or "on another rank"
+            if min(size, items) > 1:
+                total, short = self._tried(part, learning, self.micro_batch.halve(*step, items))
+                short = short or ("on another rank" if world.any(bool(short)) else "")
+        if short:
+            raise OutOfMemoryError(memory_advice(short, self.config, self.world.place))
+        self.world.sum_gradients(list(self.parameters.values()))
+        return self.world.sum(total.reshape(1))[0]
+
+    def _tried(self, part: Part, learning: Learning, size: int) -> tuple[Tensor, str]:
+        """This rank's share of a part's loss, its gradients added up; and the allocator's words where it had no more,
+        with nothing left of the attempt."""
         self.optimizer.zero_grad(set_to_none=True)
+        noted, short = learning.mark(), ""
+        try:
+            return self._passes(part, learning, size), ""
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            short = str(error) or type(error).__name__
+            free_memory(error)
+        finally:
+            learning.silent = False
+        learning.forget(noted)
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.zeros((), device=self.policy.device), short
+
+    def _passes(self, part: Part, learning: Learning, size: int) -> Tensor:
         total = torch.zeros((), device=self.policy.device)
-        batches = list(learning.micro_batches(part, self.config.update.micro_batch_size))
+        batches = list(learning.micro_batches(part, size))
         for index, (sample, slot, counts) in enumerate(batches):
             learning.silent = not counts
             with self.policy.accumulating(last=index + 1 == len(batches)):
                 total += self._backward(learning, sample, slot, part.scale if counts else 0.0)
-        learning.silent = False
-        self.world.sum_gradients(list(self.parameters.values()))
-        return self.world.sum(total.reshape(1))[0]
+        return total
 
     def _backward(self, learning: Learning, sample: Tensor, slot: Tensor, scale: float) -> Tensor:
         """Adds one micro-batch's gradients; returns its share of the loss, no graph with it."""

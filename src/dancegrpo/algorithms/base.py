@@ -100,6 +100,15 @@ class Learning:
             for name, values in statistics.items():
                 self._told[name].append(values.detach())
 
+    def mark(self) -> dict[str, int]:
+        """How much was noted so far."""
+        return {name: len(told) for name, told in self._told.items()}
+
+    def forget(self, mark: Mapping[str, int]) -> None:
+        """Drops what was noted since `mark`: those items are gone through again."""
+        for name, told in self._told.items():
+            del told[mark.get(name, 0) :]
+
     def noted(self) -> dict[str, Tensor]:
         """What all ranks noted, (N,) float64 by name."""
         names = sorted({name for told in self.world.gather_json(sorted(self._told)) for name in told})

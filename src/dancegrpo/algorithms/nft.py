@@ -34,6 +34,7 @@ class NFT(GroupBaseline):
     def __init__(self, config: RunConfig, world: World = ALONE) -> None:
         super().__init__(config, world)
         self.old: dict[str, Tensor] | None = None
+        self._followed: int | None = None
 
     def workload(self, policy: Policy) -> Workload:
         """See `Algorithm.workload`: (sample, draw) items."""
@@ -44,7 +45,9 @@ class NFT(GroupBaseline):
         self, policy: Policy, condition: Condition, iteration: int, on_batch: OnBatch | None = None
     ) -> tuple[Trajectory, int]:
         """Samples groups from `old`, keeping their final latents alone."""
-        self._follow(policy)
+        if self._followed != iteration:  # else: of an iteration that failed later on, and is made again
+            self._follow(policy)
+            self._followed = iteration
         config = self.config
         settings: Any = {"seed": config.seed, "iteration": iteration, "on_batch": on_batch, "keep": "x0"}
         settings["world"] = self.world
@@ -81,12 +84,17 @@ class NFT(GroupBaseline):
         learning.scores = scores
         return learning
 
+    def state_dict(self) -> dict[str, Any]:
+        """The iteration whose rollout the sampling policy was last brought up to."""
+        return {"followed": self._followed}
+
     def tensors(self) -> dict[str, Tensor]:
         """The sampling policy's weights."""
         return dict(self.old or {})
 
     def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Restores `tensors`."""
+        """Restores both."""
+        self._followed = state.get("followed")
         self.old = {name: weight.clone() for name, weight in tensors.items()} or None
 
 

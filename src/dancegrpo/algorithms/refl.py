@@ -115,6 +115,15 @@ class ReFLLearning(Learning):
             self._asked.append((sample, {name: _detached(scores) for name, scores in told.items()}))
         return refl_loss(total, config.margin, config.loss_scale)
 
+    def mark(self) -> dict[str, int]:
+        """See `Learning.mark`."""
+        return super().mark() | {"": len(self._asked)}
+
+    def forget(self, mark: Mapping[str, int]) -> None:
+        """See `Learning.forget`."""
+        super().forget(mark)
+        del self._asked[mark[""] :]
+
     def metrics(self) -> dict[str, float | None]:
         """See `Learning.metrics`; from here on `scores` are those of all samples, in their order."""
         order = torch.cat([sample for sample, _ in self._asked]).argsort()

@@ -20,6 +20,7 @@ from dancegrpo.rewards.base import Scores, as_media
 from dancegrpo.sampling import step_plan
 from dancegrpo.sde import Dynamics
 from dancegrpo.settings import POLICY_GRADIENT
+from dancegrpo.watchdog import Place
 
 THUMBNAIL = 8
 """Pixels a side of the small pictures that are compared within a group."""
@@ -33,8 +34,9 @@ class Clock:
     Phases may nest and come again: each second counts once, for the innermost phase.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.started = device, time.perf_counter()
+    def __init__(self, device: torch.device, place: Place | None = None) -> None:
+        """place: told of the phases as they come."""
+        self.device, self.started, self.place = device, time.perf_counter(), place or Place()
         self.seconds: dict[str, float] = {}
         self._within: list[float] = []
 
@@ -44,8 +46,9 @@ class Clock:
         self._drain()
         started = time.perf_counter()
         self._within.append(0.0)
-        yield
-        self._drain()
+        with self.place.within(phase):
+            yield
+            self._drain()
         spent = time.perf_counter() - started
         self.seconds[phase] = self.seconds.get(phase, 0.0) + spent - self._within.pop()
         if self._within:

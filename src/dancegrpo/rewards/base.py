@@ -71,7 +71,7 @@ class Scores:
             column = self.extra.get(name, torch.full((len(self),), torch.nan if kind == "float32" else 0))
             extra[name] = world.gather(column.float()).to(getattr(torch, kind))
         causes: Counter[str] = Counter()
-        for told in world.gather_json(dict(self.causes)):
+        for told in world.gather_json(dict(self.causes) if world.leads else {}):
             causes.update(told)
         valid = world.gather(self.valid.to(torch.uint8)).bool()
         return Scores(world.gather(self.values.float()), valid, extra, dict(causes))
