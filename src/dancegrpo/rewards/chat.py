@@ -11,6 +11,7 @@ from threading import Event
 from typing import Any
 
 from dancegrpo.errors import RewardError
+from dancegrpo.redaction import HIDDEN, redact, remember
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """HTTP statuses after which the same request may succeed."""
@@ -95,7 +96,7 @@ class Endpoint:
 
     def _clean(self, text: str) -> str:
         """The beginning of what a server says; some repeat the key."""
-        return " ".join((text.replace(self.key, "***") if self.key else text).split())[:200]
+        return " ".join(redact(text.replace(self.key, HIDDEN) if self.key else text).split())[:200]
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _key(variable: str | None) -> str | None:
     if key and not all("!" <= letter <= "~" for letter in key):
         # Refused here: the library's own message about such a header quotes it.
         raise RewardError(f"the key in {variable} has characters that no header carries: export one line of ASCII.")
-    return key
+    return remember(key) if key else None
 
 
 def at_least(bound: int, **options: Any) -> None:
