@@ -208,6 +208,22 @@ class World:
         """Whether it is so on any rank."""
         return self.largest(float(value)) > 0
 
+    def ask(self, owners: Sequence[int], request: bytes, answer: Callable[[bytes], bytes]) -> bytes:
+        """What `answer` says to this process's request, on the rank that `owners` names for it; all ranks must ask.
+
+        A rank holds one request at a time; ranks that answer different ones do not wait for each other.
+        """
+        told = b""
+        for source, owner in enumerate(owners):
+            if self.rank == source == owner:
+                told = answer(request)
+            elif self.rank == source:
+                _send(request, owner)
+                told = _receive(owner)
+            elif self.rank == owner:
+                _send(answer(_receive(source)), source)
+        return told
+
     @_meeting
     def barrier(self) -> None:
         """Waits for all."""
@@ -260,6 +276,21 @@ class World:
 
 
 ALONE = World()
+
+
+def _send(data: bytes, rank: int) -> None:
+    dist.send(torch.tensor([len(data)]), rank)
+    if data:
+        dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), rank)
+
+
+def _receive(rank: int) -> bytes:
+    length = torch.zeros(1, dtype=torch.int64)
+    dist.recv(length, rank)
+    data = torch.empty(int(length), dtype=torch.uint8)
+    if len(data):
+        dist.recv(data, rank)
+    return data.numpy().tobytes()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dancegrpo.errors import DanceError
+from dancegrpo.redaction import redact
 
 
 def import_dotted(path: str, what: str, error: type[DanceError]) -> Any:
@@ -39,7 +40,7 @@ def import_dotted(path: str, what: str, error: type[DanceError]) -> Any:
 
 def first_line(error: Exception) -> str:
     """An exception as one short line: its type, the first line it says, and where it was raised."""
-    lines = str(error).strip().splitlines()
+    lines = redact(str(error)).strip().splitlines()
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}{f': {lines[0][:300]}' if lines else ''}{where}"

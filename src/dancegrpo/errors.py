@@ -1,8 +1,16 @@
 """The errors a user can cause. Each message is one line: the value, the rule, the remedy."""
 
+from dancegrpo.redaction import redact
+
 
 class DanceError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it as one line and exits with 2."""
+    """Base of every error that is the user's to mend; the command line prints it as one line and exits with 2.
+
+    Messages hold no secrets: they go through `redact`.
+    """
+
+    def __init__(self, *words: object) -> None:
+        super().__init__(*(redact(word) if isinstance(word, str) else word for word in words))
 
 
 class ConfigError(DanceError):
@@ -19,6 +27,10 @@ class ModelError(DanceError):
 
 class RewardError(DanceError):
     """A judge that cannot be loaded, or that failed on too many samples for the run to go on."""
+
+
+class DeadJudgeError(RewardError):
+    """Judges left too many samples of an iteration without a score: nothing may be learnt of it."""
 
 
 class MediaError(DanceError):

@@ -81,12 +81,16 @@ def evaluate(
     parts: dict[str, list[Scores]] = defaultdict(list)
     mine = world.rows(len(prompts), batch_size)
     how: Any = {"seed": seed, "batch_size": batch_size, "encode": encode}
+    batches = -(-len(mine.rows) // batch_size)
+    most = int(world.largest(batches))  # asked before: later, ranks with fewer would wait for those that wait for them
     for batch, media in pictures(policy, prompts[mine.slice], start=mine.rows.start, **how):
         for name, scores in judges.score(media, batch).items():
             parts[name].append(scores.to("cpu"))
     for rows in mine.spares():
         for _ in pictures(policy, [prompts[row] for row in rows.tolist()], **how):
             pass
+    for _ in range(most - batches):
+        judges.accompany()
     verdicts = {name: Scores.cat(parts[name]).gathered(world) for name in judges.rewards}
     columns: dict[str, list[float | None]] = {}
     for name, scores in verdicts.items():

@@ -20,6 +20,7 @@ from dancegrpo.errors import CheckpointError, ConfigError, PromptError
 from dancegrpo.health import use_threads
 from dancegrpo.media import require_numbers, save_image
 from dancegrpo.policies import ModelCard, Policy, load_policy
+from dancegrpo.policies.export import plain
 from dancegrpo.prompts import Prompt, open_prompts
 from dancegrpo.rewards import load_judges
 from dancegrpo.run_folder import RunFolder
@@ -252,8 +253,8 @@ def _measured(run_dir: Path, iteration: int, *, ema: bool) -> str:
     if after["weights"] == "ema" and not ema:
         return ""  # what was measured is the average, not these
     rows = [
-        f"| {column} | {gain.before:.4f} | {gain.after:.4f} | {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] |"
-        for column, gain in compare(before, after).overall.items()
+        f"| {plain(column)} | {g.before:.4f} | {g.after:.4f} | {g.gain:+.4f} [{g.low:+.4f}, {g.high:+.4f}] |"
+        for column, g in compare(before, after).overall.items()
     ]
     head = ["## Held-out prompts", "", "| judge | base | this | gain (95 % paired bootstrap) |", "|---|---|---|---|"]
     count = len(after["prompt_ids"])

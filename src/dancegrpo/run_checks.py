@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dancegrpo.config import RunConfig
 from dancegrpo.distributed import World
@@ -20,12 +21,23 @@ def require_batches(config: RunConfig, world: World) -> None:
             f"{total} samples in batches of rollout.batch_size={size} are too few for {ranks} {who}: lower it to "
             f"{max(1, total // ranks)}, or start fewer processes"
         )
+    if config.algorithm.name == "refl":
+        placed = [name for name, reward in config.rewards.items() if reward.ranks != "all"]
+        if placed:
+            raise ConfigError(
+                f"rewards.{placed[0]}.ranks={_listed(config.rewards[placed[0]].ranks)} does not go with "
+                "algorithm.name=refl, which asks judges on every rank while it learns: set it to all"
+            )
     people = [name for name, reward in config.rewards.items() if reward.judge == "human"]
     if world.shares > 1 and people:
         raise ConfigError(
             f"rewards.{people[0]}.judge=human would open a page on each of {world.shares} processes: serve it "
             "with `dancegrpo serve-reward human` and take judge=service"
         )
+
+
+def _listed(ranks: Any) -> str:
+    return ranks if isinstance(ranks, str) else str(list(ranks))
 
 
 def refuse_idle_negative(config: RunConfig, policy: Policy) -> None:

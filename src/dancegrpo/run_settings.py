@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dancegrpo.config import RunConfig, diff_configs, load_config
-from dancegrpo.distributed import World
+from dancegrpo.distributed import ALONE, World
 from dancegrpo.errors import CheckpointError
-from dancegrpo.rewards import CATALOG, IN_PYTHON, FunctionReward, Reward, load_reward
+from dancegrpo.rewards import CATALOG, IN_PYTHON, FunctionReward, Reward, load_placed
 from dancegrpo.run_folder import RunFolder
 from dancegrpo.settings import RewardConfig
 
@@ -42,6 +42,7 @@ def resumed_config(
     wanted = with_rewards(wanted, rewards)
     judges = {name: CATALOG[reward.judge] for name, reward in wanted.rewards.items() if reward.judge in CATALOG}
     placing = {f"rewards.{name}.options.{option}" for name, entry in judges.items() for option in entry.placing}
+    placing |= {f"rewards.{name}.{key}" for name in wanted.rewards for key in ("device", "ranks")}
     changed = {
         key: pair
         for key, pair in diff_configs(held, wanted).items()
@@ -80,9 +81,12 @@ def own_folder(settings: RunConfig, out: Path | None, world: World, call: int, *
     return str(folder.path), again
 
 
-def find_judge(name: str, config: RewardConfig, given: Mapping[str, Any] | None) -> Reward:
-    """A judge of the run: the Python object of its name, where one was given, else what its settings name."""
+def find_judge(name: str, config: RewardConfig, given: Mapping[str, Any] | None, world: World = ALONE) -> Reward:
+    """A judge of the run: the Python object of its name, where one was given, else what its settings name.
+
+    Every rank must ask; those that `config.ranks` leaves out load nothing.
+    """
     if given and name in given:
         judge = given[name]
         return judge if isinstance(judge, Reward) else FunctionReward(judge, name)
-    return load_reward(name, config)
+    return load_placed(name, config, world)

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
+from dancegrpo.redaction import secret_in
+
 
 def _not_bool(value: object) -> object:
     # Python counts True as 1; in a recipe it is a slip.
@@ -248,8 +250,27 @@ class RewardConfig(Frozen):
     """Makes the judge binary: 1 where its score reaches this value, else 0. None = its score as it is."""
     timeout: PositiveFloat | None = None
     """Seconds for one batch; a judge that takes longer leaves it without scores. None = it may take any time."""
+    device: Annotated[str, Field(min_length=1)] | None = None
+    """Where it computes, `cpu`, `cuda`, `cuda:1`, ...: media are brought there. None = where the policy does."""
+    ranks: Literal["all", "main"] | Annotated[tuple[Count, ...], Field(min_length=1)] = "all"
+    """Which of several processes have it: `all`, `main` (the first) or a list of ranks. Samples of the others are sent
+    to these and scores come back."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
-    """Arguments of the judge: plain values, lists and mappings."""
+    """Arguments of the judge: plain values, lists and mappings. Never a key or password: these are named by the
+    environment variable that holds them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RewardConfig:
+        if (at := secret_in(self.options)) is not None:
+            raise ValueError(
+                f"options.{at} holds a secret, and settings are written to files and trackers: put it in an "
+                "environment variable, and name that"
+            )
+        if self.device is not None and "device" in self.options:
+            raise ValueError(
+                f"device={self.device} and options.device={self.options['device']} say the same: give one of them"
+            )
+        return self
 
 
 class AdvantageConfig(Frozen):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from dancegrpo.errors import ConfigError
 from dancegrpo.files import write_json
+from dancegrpo.redaction import redact
 from dancegrpo.settings import TrackingConfig
 
 IDENTITY_FILE = "tracking.json"
@@ -262,8 +263,9 @@ def _require_installed(backend: str) -> None:
 
 
 def _warn(backend: str, error: Exception) -> None:
+    told = redact(str(error))
     warnings.warn(
-        f"{backend} failed ({type(error).__name__}: {error}); the run goes on, its metrics are in metrics.jsonl.",
+        f"{backend} failed ({type(error).__name__}: {told}); the run goes on, its metrics are in metrics.jsonl.",
         RuntimeWarning,
         stacklevel=3,
     )

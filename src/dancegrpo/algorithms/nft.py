@@ -34,7 +34,8 @@ class NFT(GroupBaseline):
     def __init__(self, config: RunConfig, world: World = ALONE) -> None:
         super().__init__(config, world)
         self.old: dict[str, Tensor] | None = None
-        self._followed: int | None = None
+        self.followed: int | None = None
+        """The iteration for which `old` was last moved: drawn again after an interruption, it is not moved twice."""
 
     def workload(self, policy: Policy) -> Workload:
         """See `Algorithm.workload`: (sample, draw) items."""
@@ -45,9 +46,7 @@ class NFT(GroupBaseline):
         self, policy: Policy, condition: Condition, iteration: int, on_batch: OnBatch | None = None
     ) -> tuple[Trajectory, int]:
         """Samples groups from `old`, keeping their final latents alone."""
-        if self._followed != iteration:  # else: of an iteration that failed later on, and is made again
-            self._follow(policy)
-            self._followed = iteration
+        self._follow(policy, iteration)
         config = self.config
         settings: Any = {"seed": config.seed, "iteration": iteration, "on_batch": on_batch, "keep": "x0"}
         settings["world"] = self.world
@@ -55,8 +54,11 @@ class NFT(GroupBaseline):
             return rollout(policy, condition, config.rollout, **settings), iteration
 
     @torch.no_grad()
-    def _follow(self, policy: Policy) -> None:
+    def _follow(self, policy: Policy, iteration: int) -> None:
         """old <- decay old + (1 - decay) current, once per rollout."""
+        if self.followed == iteration and self.old is not None:
+            return
+        self.followed = iteration
         current = {name: p.detach() for name, p in policy.trainable().items()}
         if self.old is None:
             self.old = {name: weight.clone() for name, weight in current.items()}
@@ -85,17 +87,17 @@ class NFT(GroupBaseline):
         return learning
 
     def state_dict(self) -> dict[str, Any]:
-        """The iteration whose rollout the sampling policy was last brought up to."""
-        return {"followed": self._followed}
+        """For which iteration the sampling policy was last moved."""
+        return {"followed": self.followed}
 
     def tensors(self) -> dict[str, Tensor]:
         """The sampling policy's weights."""
         return dict(self.old or {})
 
     def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Restores both."""
-        self._followed = state.get("followed")
+        """Restores both; runs of earlier versions have no `followed`."""
         self.old = {name: weight.clone() for name, weight in tensors.items()} or None
+        self.followed = state.get("followed")
 
 
 class NFTLearning(Learning):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,17 @@ class Usage:
     """Frames per second at which a clip plays."""
 
 
+def plain(text: str) -> str:
+    """Words from a run as one line of Markdown that can be neither markup nor HTML."""
+    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", line)
+
+
+def code(text: str) -> str:
+    """Words from a run as one line of code within Markdown, where nothing but a backtick ends them."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+
+
 def card_text(card: ModelCard, task: Task, usage: Usage, *, lora: bool) -> str:
     """The README.md of an export: front matter for the hub, what it is, and an example that runs."""
     from dancegrpo.shapes import PIPELINES
@@ -51,15 +64,15 @@ def card_text(card: ModelCard, task: Task, usage: Usage, *, lora: bool) -> str:
     kind = "LoRA weights for" if lora else "A complete diffusers pipeline, fine-tuned from"
     front = ["---", "library_name: diffusers", f"pipeline_tag: {task}"]
     if not shipped and not Path(card.base_model).exists():  # the hub knows ids of its own only
-        front += [f"base_model: {card.base_model}"]
+        front += [f"base_model: {json.dumps(card.base_model) if _is_odd(card.base_model) else card.base_model}"]
     front += ["tags:", "- dancegrpo", "- reinforcement-learning", *["- lora"] * lora, "---", ""]
     body = [
-        f"# {card.recipe}",
+        f"# {plain(card.recipe)}",
         "",
-        f"{kind} `{card.base_model}`, trained by reinforcement learning with [DanceGRPO](https://arxiv.org/abs/2505.07818).",
+        f"{kind} {code(card.base_model)}, trained by reinforcement learning with [DanceGRPO](https://arxiv.org/abs/2505.07818).",
         "",
-        f"- Recipe: `{card.recipe}`, {card.iterations} iterations",
-        f"- Trained on the judges: {', '.join(card.judges) or 'none'}",
+        f"- Recipe: {code(card.recipe)}, {card.iterations} iterations",
+        f"- Trained on the judges: {', '.join(map(plain, card.judges)) or 'none'}",
         "- The base model's licence applies; a safety checker of the base model is not part of this export.",
         "",
         "## Use",
@@ -74,6 +87,11 @@ def card_text(card: ModelCard, task: Task, usage: Usage, *, lora: bool) -> str:
     return "\n".join(front + body + (["", card.notes] if card.notes else [])) + "\n"
 
 
+def _is_odd(name: str) -> bool:
+    """Whether YAML needs quotes around a model's name; a hub id needs none."""
+    return re.fullmatch(r"[A-Za-z][\w.-]*/[\w.-]+", name) is None
+
+
 def _example(card: ModelCard, task: Task, usage: Usage, *, shipped: bool, lora: bool) -> list[str]:
     """Lines of Python that load the weights and make one picture or clip the way the run did."""
     names = sorted({"DiffusionPipeline", usage.scheduler} - {""})
@@ -82,7 +100,8 @@ def _example(card: ModelCard, task: Task, usage: Usage, *, shipped: bool, lora: 
         names = ["export_to_video", *["load_image"] * (task == "image-to-video")]
         lines += [f"from diffusers.utils import {', '.join(names)}"]
     if lora:
-        base = f'base_path("{card.base_model}")' if shipped else f'"{card.base_model}"'
+        name = json.dumps(card.base_model)
+        base = f"base_path({name})" if shipped else name
         lines = ["from dancegrpo.shapes import base_path"] * shipped + lines
         without = "".join(f", {part}=None" for part in usage.absent)
         lines += ["", f"pipe = DiffusionPipeline.from_pretrained({base}{without})"]

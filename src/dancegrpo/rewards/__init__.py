@@ -5,6 +5,7 @@ from dancegrpo.rewards.catalog import CATALOG
 from dancegrpo.rewards.compose import Binary, OverFrames
 from dancegrpo.rewards.loading import IN_PYTHON, load_judges, load_reward
 from dancegrpo.rewards.panel import MIN_VALID_FRACTION, Judges
+from dancegrpo.rewards.placement import Placed, load_placed
 
 __all__ = [
     "CATALOG",
@@ -14,8 +15,10 @@ __all__ = [
     "FunctionReward",
     "Judges",
     "OverFrames",
+    "Placed",
     "Reward",
     "Scores",
     "load_judges",
+    "load_placed",
     "load_reward",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from dancegrpo.distributed import World
 from dancegrpo.errors import DanceError, RewardError
 from dancegrpo.prompts import Prompt
+from dancegrpo.redaction import redact
 
 NOT_FINITE = "the score is not a finite number"
 """Cause under which None, NaN and infinite scores are counted."""
@@ -226,9 +227,9 @@ def as_pictures(media: Tensor) -> Tensor:
 
 def describe(error: Exception) -> str:
     """An exception as one short line: its type, its first line, and where it was raised; ours as they are."""
-    if isinstance(error, DanceError):
+    if isinstance(error, DanceError):  # redacted already
         return " ".join(str(error).split())[:_CAUSE_LENGTH]
-    lines = str(error).strip().splitlines()
+    lines = redact(str(error)).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

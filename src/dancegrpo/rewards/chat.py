@@ -11,6 +11,7 @@ from threading import Event
 from typing import Any
 
 from dancegrpo.errors import RewardError
+from dancegrpo.redaction import HIDDEN, redact, remember
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """HTTP statuses after which the same request may succeed."""
@@ -43,6 +44,8 @@ class Endpoint:
         self.url = f"{_base_url(url)}/chat/completions"
         self.key = _key(api_key_env)
         self.timeout, self.retries, self.stopped = timeout, retries, Event()
+        self.hangs = False
+        """Whether a request's last try ended with the time up, and no other was answered since."""
         self.client = httpx.Client(
             timeout=timeout,
             limits=httpx.Limits(max_connections=connections),
@@ -53,22 +56,28 @@ class Endpoint:
         """The answer to one request, as parsed JSON. Raises ScoreError after the last try."""
         import httpx
 
-        for attempt in range(self.retries + 1):
+        # A server that hangs costs `timeout` per try: the requests that wait behind one another make one each.
+        tries = 1 if self.hangs else self.retries + 1
+        for attempt in range(tries):
             delay = min(0.5 * 2**attempt, LONGEST_WAIT)
             try:
                 response = self._send(body)
             except httpx.HTTPError as error:
                 failure = ScoreError(f"{self.url} cannot be reached: {type(error).__name__} {self._clean(str(error))}")
+                late = isinstance(error, httpx.ReadTimeout)
             else:
+                late = False
                 if response.status_code == 200:
+                    self.hangs = False
                     return self._parse(response)
                 text = self._clean(response.text)
                 failure = ScoreError(f"{self.url} answered {response.status_code}: {text}", response.status_code)
                 if response.status_code not in RETRIED:
                     break
                 delay = min(_retry_after(response.headers.get("retry-after")) or delay, LONGEST_WAIT)
-            if attempt < self.retries and self.stopped.wait(delay):
+            if attempt + 1 < tries and self.stopped.wait(delay):
                 break
+        self.hangs = late
         raise failure
 
     def _send(self, body: Mapping[str, Any]) -> Any:
@@ -95,7 +104,7 @@ class Endpoint:
 
     def _clean(self, text: str) -> str:
         """The beginning of what a server says; some repeat the key."""
-        return " ".join((text.replace(self.key, "***") if self.key else text).split())[:200]
+        return " ".join(redact(text.replace(self.key, HIDDEN) if self.key else text).split())[:200]
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,7 @@ def _key(variable: str | None) -> str | None:
     if key and not all("!" <= letter <= "~" for letter in key):
         # Refused here: the library's own message about such a header quotes it.
         raise RewardError(f"the key in {variable} has characters that no header carries: export one line of ASCII.")
-    return key
+    return remember(key) if key else None
 
 
 def at_least(bound: int, **options: Any) -> None:

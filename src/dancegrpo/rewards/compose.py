@@ -1,4 +1,4 @@
-"""Judges made of judges: a picture judge that sees clips, a threshold over any judge, a limit on its time."""
+"""Judges made of judges: on a device of its own, a picture judge that sees clips, a threshold, a limit on time."""
 
 from __future__ import annotations
 
@@ -44,6 +44,27 @@ class _Wrapped:
     def to(self, device: Any) -> Self:
         """Moves the judge."""
         self.reward = self.reward.to(device)
+        return self
+
+
+class OnDevice(_Wrapped):
+    """A judge on a device of its own: it stays there, media are brought to it and its scores back to them."""
+
+    def __init__(self, reward: Reward, device: torch.device) -> None:
+        self.place, self.reward = device, reward.to(device)
+        self.name, self.differentiable, self.batch_size = reward.name, reward.differentiable, reward.batch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.place
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Score B samples, wherever they are."""
+        return self.reward(media.to(self.place), prompts).to(media.device)
+
+    def to(self, device: Any) -> Self:
+        """Stays where it is."""
         return self
 
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+
 from dancegrpo.dotted import import_dotted, nearest
 from dancegrpo.errors import DanceError, RewardError
 from dancegrpo.rewards.base import FunctionReward, Reward, describe
 from dancegrpo.rewards.catalog import CATALOG
-from dancegrpo.rewards.compose import Binary, OverFrames, TimeLimit
+from dancegrpo.rewards.compose import Binary, OnDevice, OverFrames, TimeLimit
 from dancegrpo.rewards.panel import Judges
 from dancegrpo.settings import RewardConfig
 
@@ -31,17 +33,42 @@ def load_reward(name: str, config: RewardConfig) -> Reward:
     `config.judge` is a shipped name or `package.module:attribute`, looked up in the current folder too. The attribute
     is a class (built with the options), an object that is a `Reward` already, or a function in the convention of
     `FunctionReward`: its options become keyword arguments, but for `batch_size`, which bounds the images per call.
-    `config.frames`, `config.timeout` and `config.threshold` wrap it in `OverFrames`, `TimeLimit` and `Binary`.
-    Raises RewardError for an unknown judge, a failing import, a missing or unknown option.
+    `config.device`, `config.frames`, `config.timeout` and `config.threshold` wrap it in `OnDevice`, `OverFrames`,
+    `TimeLimit` and `Binary`; `config.ranks` is for `load_placed` to read.
+    Raises RewardError for an unknown judge, a failing import, a missing or unknown option, a device that is not here.
     """
+    place = None if config.device is None else find_device(name, config.device)
     reward = _load(name, config)
-    if config.frames or getattr(reward, "pictures_only", False):
-        reward = OverFrames(reward, config.frames or "mean")
+    frames = config.frames or ("mean" if getattr(reward, "pictures_only", False) else None)
+    if place is not None:
+        if getattr(reward, "remote", False):
+            raise RewardError(f"device={config.device} of judge {name!r}, which runs elsewhere: leave it away.")
+        reward = OnDevice(reward, place)
+    if frames is not None:
+        reward = OverFrames(reward, frames)
     if config.timeout is not None:
         if not getattr(reward, "in_evaluation", True):
             raise RewardError(f"timeout={config.timeout:g} of judge {name!r}: people are given time by options.wait.")
         reward = TimeLimit(reward, config.timeout)
     return reward if config.threshold is None else Binary(reward, config.threshold)
+
+
+def find_device(name: str, device: str) -> torch.device:
+    """A judge's device by its name. Raises RewardError, saying what there is, where this machine has none such."""
+    here = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        here += [f"{kind.type if kind else ''}:{index}" for index in range(torch.accelerator.device_count())]
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or not any(known in (str(found), f"{found}:0") for known in here):
+        raise RewardError(
+            f"device={device!r} of judge {name!r} is not here, this machine has {_list(here)}: name one of them, or "
+            "leave it away."
+        )
+    return found
 
 
 def _load(name: str, config: RewardConfig) -> Reward:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dancegrpo.errors import RewardError
+from dancegrpo.errors import DeadJudgeError, RewardError
 from dancegrpo.prompts import Prompt
+from dancegrpo.redaction import redact
 from dancegrpo.rewards.base import NOT_FINITE, Reward, Scores, Unasked, as_media, check_media, describe
 from dancegrpo.rewards.scoring import Scoring
 
@@ -88,11 +90,16 @@ class Judges:
         self._warn(scores)
         return scores
 
+    def accompany(self) -> None:
+        """What a rank does while another, that has one batch more, asks `score`: its judges may be placed here."""
+        for reward in self.rewards.values():
+            getattr(reward, "accompany", lambda: None)()
+
     def require_valid(self, scores: Mapping[str, Scores]) -> None:
         """Refuse to train on an iteration that too few samples of came through.
 
-        scores: of all samples of the iteration. Raises RewardError naming the judge that failed most, its count and its
-        main cause where fewer than `MIN_VALID_FRACTION` of the samples are valid for all trained judges.
+        scores: of all samples of the iteration. Raises DeadJudgeError naming the judge that failed most, its count
+        and its main cause where fewer than `MIN_VALID_FRACTION` of the samples are valid for all trained judges.
         """
         if not self.trained:
             return
@@ -101,7 +108,7 @@ class Judges:
         if valid < MIN_VALID_FRACTION * total:
             worst = min(self.trained, key=lambda name: int(scores[name].valid.sum()))
             of_all = "" if len(self.trained) == 1 else f" (all trained judges together {valid})"
-            raise RewardError(
+            raise DeadJudgeError(
                 f"judge {worst!r} scored {int(scores[worst].valid.sum())} of {total} samples{of_all}, and training "
                 f"needs {MIN_VALID_FRACTION:.0%}: mend the judge or its input ({_main_cause(scores[worst])})."
             )
@@ -145,7 +152,10 @@ def _checked(scores: Any, size: int) -> Scores:
     valid = scores.valid.bool()
     unexplained = int((~valid).sum()) - sum(scores.causes.values())
     causes = {**scores.causes, "the judge gave no cause": unexplained} if unexplained > 0 else scores.causes
-    clean = Scores(scores.values.float(), valid, scores.extra, causes)
+    told = Counter[str]()
+    for cause, count in causes.items():
+        told[redact(cause)] += count
+    clean = Scores(scores.values.float(), valid, scores.extra, dict(told))
     return clean.mask(~clean.values.isfinite(), NOT_FINITE)
 
 

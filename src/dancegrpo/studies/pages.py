@@ -218,7 +218,7 @@ def _markdown(evidence: Evidence, place: str | None) -> str:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def costs(evidence: Evidence, place: str | None) -> list[Cost]:

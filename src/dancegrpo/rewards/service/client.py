@@ -68,6 +68,7 @@ class ServiceReward:
         _check_numbers(batch_size, timeout, connect_timeout, retries, backoff, wait)
         self.retries, self.backoff = retries, backoff
         self._replicas = Replicas(addresses, rest=max(backoff, 0.1))
+        self._hangs = False  # a request's last try ended with the time up, and no other was answered since
         self._threads = _PARALLEL * len(addresses)
         # A run asks from several threads where it overlaps batches; connections wait for one another beyond this.
         token = read_token(token_env, token_file)
@@ -134,8 +135,9 @@ class ServiceReward:
             reason = str(error) if isinstance(error, wire.WireError) else describe(error)
             return Scores.failed(len(media), wire.shorten(f"nothing was sent to {self._replicas.urls[0]}: {reason}"))
         barred: set[str] = set()
-        cause = ""
-        for attempt in range(self.retries + 1):
+        cause, late = "", False
+        # Where the servers hang, a try lasts as long as `timeout`: those that wait behind one another make one each.
+        for attempt in range(1 if self._hangs else self.retries + 1):
             if attempt and stop.wait(self._pause(attempt)):
                 break
             url = self._replicas.choose(barred)
@@ -144,7 +146,7 @@ class ServiceReward:
             try:
                 scores = self._exchange(url, identity, body, len(media))
             except ExchangeError as failure:
-                cause = f"reward service {url}: {failure}"
+                cause, late = f"reward service {url}: {failure}", failure.late
                 if failure.for_good:
                     barred.add(url)
                 if not failure.for_good or isinstance(failure, TokenError):
@@ -152,7 +154,9 @@ class ServiceReward:
                     self._replicas.failed(url)
             else:
                 self._replicas.worked(url)
+                self._hangs = False
                 return scores
+        self._hangs = late
         return Scores.failed(len(media), cause)
 
     def _exchange(self, url: str, identity: str, body: bytes, samples: int) -> Scores:

@@ -25,11 +25,13 @@ _TRY_LATER = (408, 429, 500, 502, 503, 504)
 
 
 class ExchangeError(Exception):
-    """An exchange without an answer. for_good: asking this server again with the same request would change nothing."""
+    """An exchange without an answer. for_good: asking this server again with the same request would change nothing.
+    late: the time for an answer was up.
+    """
 
-    def __init__(self, reason: str, *, for_good: bool = False) -> None:
+    def __init__(self, reason: str, *, for_good: bool = False, late: bool = False) -> None:
         super().__init__(reason)
-        self.for_good = for_good
+        self.for_good, self.late = for_good, late
 
 
 class TokenError(ExchangeError):
@@ -151,7 +153,7 @@ class Channel:
         except httpx.ConnectTimeout:
             raise ExchangeError("no connection in time") from None
         except httpx.TimeoutException:
-            raise ExchangeError(f"no answer within {timeout:g} s") from None
+            raise ExchangeError(f"no answer within {timeout:g} s", late=True) from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             # The text of these errors may name local ports, which would split one cause into many.
             raise ExchangeError(f"the connection failed ({type(error).__name__})") from None
@@ -168,7 +170,7 @@ def _read(response: Response, deadline: float, limit: int, timeout: float) -> by
         if len(told) > limit:
             raise ExchangeError("its answer is too long")
         if time.monotonic() > deadline:
-            raise ExchangeError(f"no whole answer within {timeout:g} s")
+            raise ExchangeError(f"no whole answer within {timeout:g} s", late=True)
     return bytes(told)
 
 

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from dancegrpo.errors import RewardError
 from dancegrpo.rewards.base import Reward, describe
 from dancegrpo.rewards.catalog import CATALOG
+from dancegrpo.rewards.compose import OnDevice
 from dancegrpo.rewards.loading import load_reward
 from dancegrpo.rewards.service.queueing import Line
 from dancegrpo.rewards.service.token import checked
@@ -89,9 +90,13 @@ def describe_judge(name: str, config: RewardConfig, reward: Reward) -> dict[str,
         "judge": identity(config),
         "version": version("dancegrpo"),
         # A wrapper from `load_reward` shows the frames of clips, one by one, to a judge of pictures.
-        "takes": "either" if entry is None or hasattr(reward, "reward") else entry.takes,
+        "takes": "either" if entry is None or _is_wrapped(reward) else entry.takes,
         "batch_size": own_batch_size(reward),
     }
+
+
+def _is_wrapped(reward: Reward) -> bool:
+    return hasattr(reward.reward if isinstance(reward, OnDevice) else reward, "reward")
 
 
 def identity(config: RewardConfig) -> str:

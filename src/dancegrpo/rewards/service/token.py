@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from dancegrpo.errors import RewardError
+from dancegrpo.redaction import remember
 
 
 def read_token(env: str | None = None, file: str | Path | None = None) -> SecretStr | None:
@@ -39,4 +40,4 @@ def checked(text: str, where: str) -> SecretStr:
     """`text` as a token. Raises RewardError, without quoting it, where a header cannot carry it."""
     if not all("!" <= letter <= "~" for letter in text):
         raise RewardError(f"{where} holds characters that no token may have: use letters, digits and punctuation.")
-    return SecretStr(text)
+    return SecretStr(remember(text))
