@@ -242,8 +242,9 @@ def test_micro_batches_hold_every_pair_once_and_never_mix_buckets(size, names):
     learning.bucket, learning.owner = torch.tensor(names)[:, None], torch.zeros(len(names), dtype=torch.int64)
     part = Part(torch.arange(len(names)), torch.zeros(len(names), dtype=torch.int64), len(names))
     told = list(learning.micro_batches(part, size))
-    batches = [sample for sample, _, _ in told]
-    assert all(counts for _, _, counts in told)
+    batches = [batch.sample for batch in told]
+    assert all(batch.counts for batch in told)
+    assert [batch.bucket for batch in told if batch.last] == sorted(set(names))
     assert sorted(torch.cat(batches).tolist()) == list(range(len(names)))
     assert all(len(batch) <= size and len(learning.bucket[batch].unique()) == 1 for batch in batches)
 
@@ -262,13 +263,22 @@ def test_ranks_that_forward_together_make_equally_many_micro_batches_of_each_buc
     told = []
     for rank in range(ranks):
         learning = Learning(World(rank=rank, size=ranks, fsdp=ranks))
-        # One mesh row: all of them are data ranks.
         learning.bucket, learning.owner = bucket, owner
         if not (owner == rank).any():
             return  # refused before a run starts
         told.append(list(learning.micro_batches(part, size)))
     assert len({len(batches) for batches in told}) == 1
-    done = torch.cat([torch.empty(0, dtype=torch.int64)] + [s for own in told for s, _, counts in own if counts])
+    assert len({tuple((batch.bucket, batch.last) for batch in batches) for batches in told}) == 1
+    done = torch.cat([torch.empty(0, dtype=torch.int64)] + [b.sample for own in told for b in own if b.counts])
     assert sorted(done.tolist()) == listed.tolist()
     for rank, batches in enumerate(told):
-        assert all((owner[sample] == rank).all() for sample, _, _ in batches)
+        assert all((owner[batch.sample] == rank).all() for batch in batches)
+
+
+def test_a_rank_without_any_item_keeps_the_others_company_with_one_of_theirs():
+    """Pairs of preferences are on all ranks: of one pair, the second of two sharded ranks has none."""
+    learning = Learning(World(rank=1, size=2, fsdp=2))
+    learning.bucket, learning.owner = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    item = torch.zeros(1, dtype=torch.int64)
+    (batch,) = learning.micro_batches(Part(item, item, 1), size=4)
+    assert (batch.sample.tolist(), batch.slot.tolist(), batch.counts, batch.last) == ([0], [0], False, True)

@@ -258,6 +258,10 @@ class World:
         plain = [p for p in parameters if not isinstance(p, DTensor)]
         if self.size == 1 or not plain:
             return
+        # A weight without a gradient on any rank keeps none: the optimizer then leaves it alone, as in one process.
+        used = torch.tensor([p.grad is not None for p in plain], dtype=torch.uint8)
+        dist.all_reduce(used, dist.ReduceOp.MAX)
+        plain = [p for p, anywhere in zip(plain, used.tolist(), strict=True) if anywhere]
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in plain]
         for p, summed in zip(plain, self._summed(gradients), strict=True):
             p.grad = summed

@@ -76,9 +76,9 @@ class Updater:
         where that does not help, or cannot be: the others of sharded ranks are in the middle of a forward pass.
         """
         world, step = self.world, (self.world.place.iteration or 0, index)
-        size, items = self.micro_batch.at(*step), -(-len(part.sample) // world.size)
+        size, items = self.micro_batch.at(*step), -(-len(part.sample) // world.shares)
         total, short = self._tried(part, learning, size)
-        if world.joint:
+        if world.joint or world.context > 1:
             if short and min(size, items) > 1:
                 self.micro_batch.halve(*step, items)  # for a restart
         elif world.any(bool(short)):  # all ranks go back, or their sizes part
@@ -111,11 +111,13 @@ class Updater:
 
     def _passes(self, part: Part, learning: Learning, size: int) -> Tensor:
         total = torch.zeros((), device=self.policy.device)
-        batches = list(learning.micro_batches(part, size))
-        for index, (sample, slot, counts) in enumerate(batches):
-            learning.silent = not counts
-            with self.policy.accumulating(last=index + 1 == len(batches)):
-                total += self._backward(learning, sample, slot, part.scale if counts else 0.0)
+        for batch in learning.micro_batches(part, size):
+            learning.silent = not batch.counts
+            with (
+                self.policy.accumulating(last=batch.last),  # of its bucket: another may be another network's
+                self.policy.company(None if batch.counts else batch.bucket),
+            ):
+                total += self._backward(learning, batch.sample, batch.slot, part.scale if batch.counts else 0.0)
         return total
 
     def _backward(self, learning: Learning, sample: Tensor, slot: Tensor, scale: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,20 @@ class Advantage:
     silent: Tensor
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Items that make one forward pass: sample, slot (N,) int64.
+
+    counts: False where they are gone through to keep other ranks company. last: the last of their bucket.
+    """
+
+    sample: Tensor
+    slot: Tensor
+    bucket: int
+    counts: bool = True
+    last: bool = False
+
+
 class Learning:
     """One scored batch, ready to learn from: what the updater asks, and what it tells.
 
@@ -53,36 +67,38 @@ class Learning:
     def __init__(self, world: World) -> None:
         self.world, self.scores = world, {}
         self.silent = False
-        """Whether statistics are noted: not of items that another rank's need of company brings up again."""
+        """Whether nothing is noted, as of items that are gone through for another rank's sake."""
         self._told: dict[str, list[Tensor]] = defaultdict(list)
 
     def loss(self, sample: Tensor, slot: Tensor) -> Tensor:
         """Loss (N,) of the items (sample, slot), both (N,) int64 and held here, with gradient; notes its statistics."""
         raise NotImplementedError
 
-    def micro_batches(self, part: Part, size: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """(sample, slot) of this rank's items in runs of at most `size` of one bucket, and whether they count.
+    def micro_batches(self, part: Part, size: int) -> Iterator[MicroBatch]:
+        """This rank's items in runs of at most `size` of one bucket.
 
-        Ranks that make their forward passes together make equally many: those with fewer items repeat one of their own,
-        which does not count.
+        Ranks that make their forward passes together make equally many of each bucket, in the same order: those with
+        fewer items repeat one, which does not count.
         """
         world, of_item = self.world, self.bucket[part.sample, part.slot]
         for name in of_item.unique().tolist():
             held = self.owner[part.sample[of_item == name]]
             chosen = (of_item == name) & (self.owner[part.sample] == world.share)
             batches = list(zip(part.sample[chosen].split(size), part.slot[chosen].split(size), strict=True))
-            batches = [batch for batch in batches if len(batch[0])]
-            yield from ((sample, slot, True) for sample, slot in batches)
+            made = [MicroBatch(sample, slot, name) for sample, slot in batches if len(sample)]
             if world.joint:
                 most = int((-(-held.bincount(minlength=world.shares) // size)).max())
-                yield from ((*self._company(name), False) for _ in range(most - len(batches)))
+                made += [MicroBatch(*self._company(name), name, counts=False)] * (most - len(made))
+            yield from made[:-1]
+            yield from (replace(batch, last=True) for batch in made[-1:])
 
     def _company(self, bucket: int) -> tuple[Tensor, Tensor]:
-        """One item of this rank, of the bucket where it has one."""
+        """One item of this rank, of the bucket where it has one; `Policy.company` sees to its network where not."""
         mine = (self.owner == self.world.share)[:, None].expand_as(self.bucket)
-        found = (mine & (self.bucket == bucket)).nonzero()
-        found = found if len(found) else mine.nonzero()
-        return found[:1, 0], found[:1, 1]
+        for choice in (mine & (self.bucket == bucket), mine, torch.ones_like(mine)):  # the last: all have all pairs
+            if choice.any():
+                break
+        return choice.nonzero()[:1].unbind(1)
 
     def before_step(self, index: int) -> None:
         """The gradients of part `index` are there; its optimizer step follows."""

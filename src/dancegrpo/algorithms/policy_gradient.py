@@ -207,10 +207,13 @@ class PolicyGradientLearning(Learning):
     def _recompute(self, parts: list[Part]) -> Tensor:
         log_prob, size = self.trajectory.log_prob.clone(), self.algorithm.config.update.micro_batch_size
         for part in parts:
-            for sample, slot, _ in self.micro_batches(part, size):
-                here = sample - self.trajectory.first
-                pairs = gather(self.trajectory, self._advantage, here, slot, None)
-                log_prob[here, slot] = self.algorithm.log_prob(self.policy, pairs)
+            for batch in self.micro_batches(part, size):
+                here = batch.sample - self.trajectory.first
+                pairs = gather(self.trajectory, self._advantage, here, batch.slot, None)
+                with self.policy.company(None if batch.counts else batch.bucket):
+                    recomputed = self.algorithm.log_prob(self.policy, pairs)
+                if batch.counts:
+                    log_prob[here, batch.slot] = recomputed
         return log_prob
 
     def metrics(self) -> dict[str, float | None]:

@@ -165,6 +165,13 @@ class Policy(ABC):
                 f"parallel.context={world.context}: the sequences of {type(self).__name__} cannot be split, set it to 1"
             )
 
+    def company(self, bucket: int | None) -> AbstractContextManager[None]:
+        """Within it every forward pass goes through the network of `bucket`, whatever the step; None = as ever.
+
+        Ranks of sharded weights make each pass together: those without an item of a bucket keep the others company.
+        """
+        return nullcontext()
+
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         """Around one of several backward passes whose gradients add up; over sharded ranks they do in the last."""
         return nullcontext()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -132,6 +133,7 @@ class WanPolicy(FlowPolicy):
     def _dynamics(self, rollout: RolloutConfig) -> FlowDynamics:
         dynamics = super()._dynamics(rollout)
         self._stage = self._stages()
+        self._company: int | None = None
         return dynamics
 
     def _stages(self) -> Tensor:
@@ -206,7 +208,18 @@ class WanPolicy(FlowPolicy):
                 out = negative + (second if stage == 1 and second is not None else scale) * (out - negative)
         return out[:, :, out.shape[2] - x_t.shape[2] :]  # without frames that are given
 
+    @contextmanager
+    def company(self, bucket: int | None) -> Iterator[None]:
+        """See `Policy.company`."""
+        self._company = bucket
+        try:
+            yield
+        finally:
+            self._company = None
+
     def _one_stage(self, step: Tensor) -> int:
+        if self._company is not None:
+            return self._company
         stages = self.bucket(step).unique().tolist()
         if len(stages) > 1:
             raise ValueError(f"steps {step.tolist()} are of both networks: split the batch by `bucket`.")

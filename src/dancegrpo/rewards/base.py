@@ -101,7 +101,10 @@ def _filler(like: Tensor, size: int) -> Tensor:
 
 
 class Unasked:
-    """Stands in for a judge on ranks whose samples another rank shows to it: a score of 0 each, which nobody reads."""
+    """Stands in for a judge on ranks whose samples another rank shows to it: a score of 0 each, which nobody reads.
+
+    A judge that several ranks share is kept company all the same (`Placed.accompany`).
+    """
 
     differentiable = False
     device = None
@@ -109,9 +112,11 @@ class Unasked:
     def __init__(self, judge: Reward) -> None:
         self.name, self.batch_size = judge.name, judge.batch_size
         self.in_evaluation = getattr(judge, "in_evaluation", True)
+        self.accompany = getattr(judge, "accompany", lambda: None)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """B samples -> B zeros."""
+        self.accompany()
         zeros = torch.zeros(len(prompts), device=media.device)
         return Scores(zeros, torch.ones_like(zeros, dtype=torch.bool))
 
