@@ -127,7 +127,8 @@ class Plan:
         recipe = chosen.recipe or (place.recipe if place else None) or study.recipe
         settings = [*study.settings, *(place.settings if place else ()), *chosen.settings]
         settings += [f"{key}={json.dumps(value)}" for key, value in {**tuned, **(candidate or {})}.items()]
-        settings += [f"seed={seed}", f"name={study.name}-{arm}", "tracking.backend=none", "checkpoint.keep=1"]
+        settings += [f"seed={seed}", f"name={study.name}-{arm}", "tracking.backend=none"]
+        settings += ["checkpoint.keep=1", "checkpoint.best=false"]
         # An algorithm that collapses is to be seen collapsing.
         settings.append("health.watch=none")
         try:
