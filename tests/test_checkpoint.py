@@ -17,8 +17,11 @@ from dancegrpo.checkpoint import (
     remove_leftovers,
     truncate_metrics,
 )
+from dancegrpo.config import load_config
 from dancegrpo.errors import CheckpointError
+from dancegrpo.evaluate import best_iteration
 from dancegrpo.files import write_atomically, write_json
+from dancegrpo.run_folder import RunFolder
 from dancegrpo.saver import Saver
 
 
@@ -264,6 +267,19 @@ def test_the_best_is_kept_until_another_is(tmp_path):
     assert names(tmp_path) == ["000001", "000004"]
     save(tmp_path, checkpoint(5), keep=1, best=4)
     assert names(tmp_path) == ["000004", "000005"]
+
+
+def test_the_best_is_that_of_the_column_the_report_shows(tmp_path):
+    """The trained judge's verdicts, where there are any; the earlier of equals; what was not measured has no part."""
+    run, config = RunFolder(tmp_path), load_config("shapes-flux")
+    (tmp_path / "evaluations").mkdir()
+    for iteration, verdicts, score in [(0, [1, 1], 9), (10, [0, 1], 1), (20, [1, 1], 0), (40, [1, 1], 5)]:
+        columns = {"other": [score, score], "shapes/pass": verdicts}
+        record = {"iteration": iteration, "columns": columns, "valid": {"shapes": [True] * 2}, "tasks": [None] * 2}
+        write_json(run.evaluation_file(iteration), record)
+    assert best_iteration(run, config, [10, 20, 30, 40]) == 20
+    assert best_iteration(run, config, [10, 30]) == 10
+    assert best_iteration(run, config, [30]) is None
 
 
 def test_a_best_that_the_run_went_back_behind_is_exported_but_not_gone_on_from(tmp_path):

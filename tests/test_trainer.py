@@ -102,33 +102,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings, kept, tmp_path):
     assert_same_run(whole, part)
 
 
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_weights(settings, tmp_path):
-    settings["iterations"] = 8
-    whole = train(load_config(settings)).run_dir
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(settings))
-    killed, environment = tmp_path / "killed", {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-m", "dancegrpo", "train"]
-    import time
-
-    for attempt in range(12):
-        extra = ["--resume", str(killed)] if (killed / "config.yaml").is_file() else [str(recipe), "--out", str(killed)]
-        process = subprocess.Popen(
-            [*command, *extra], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        try:
-            _, told = process.communicate(timeout=4 + 1.3 * attempt)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            time.sleep(0.1)
-            continue
-        assert process.returncode == 0, told.decode()
-        break
-    assert_same_run(whole, killed)
-
-
 def test_sigterm_finishes_the_iteration_and_saves(settings, tmp_path):
     stopping = {"calls": 0}
 
@@ -143,6 +116,70 @@ def test_sigterm_finishes_the_iteration_and_saves(settings, tmp_path):
     assert result.iterations == 2
     assert RunFolder(result.run_dir).info()["status"] == "stopped"
     assert max((result.run_dir / "checkpoints").iterdir()).name == "000002"
+
+
+def kept(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("best", "left"), [(True, ["000002", "000004"]), (False, ["000004"])])
+def test_the_best_by_its_held_out_score_is_kept(settings, monkeypatch, best, left):
+    from dancegrpo import evaluate
+    from dancegrpo.inference import load_trained
+
+    scores = iter([0.1, 0.5, 0.9, 0.3, 0.8])  # before the run, then after each iteration
+    measured = evaluate.evaluate
+
+    def scored(*args, **kwargs):
+        record = measured(*args, **kwargs)
+        return record | {"columns": {"bright": [next(scores)] * 3}}
+
+    monkeypatch.setattr(evaluate, "evaluate", scored)
+    settings["evaluation"]["every"] = 1
+    settings["checkpoint"] = {"every": 0, "keep": 1, "best": best}
+    run = train(load_config(settings)).run_dir
+    assert kept(run) == left
+    assert load_trained(str(run)).iteration == 4
+    assert load_trained(str(run), checkpoint="best").iteration == (2 if best else 4)
+    with pytest.raises(CheckpointError, match="has no checkpoint of iteration 3: choose among"):
+        load_trained(str(run), checkpoint="3")
+    with pytest.raises(ConfigError, match="'newest': use best, latest, or after how many iterations"):
+        load_trained(str(run), checkpoint="newest")
+
+
+def full_after(monkeypatch, saves: set[int]) -> None:
+    """A disk that is full at these iterations."""
+    from dancegrpo.saver import Saver
+
+    write = Saver._write
+
+    def refuse(self, folder, held):
+        if int(folder.name.split(".")[1]) in saves:
+            raise OSError(28, "No space left on device")
+        return write(self, folder, held)
+
+    monkeypatch.setattr(Saver, "_write", refuse)
+
+
+def test_a_full_disk_in_between_is_told_and_the_run_goes_on(settings, monkeypatch, capsys):
+    full_after(monkeypatch, {2, 3})
+    run = train(load_config(settings, ["checkpoint.keep=9"])).run_dir
+    assert kept(run) == ["000001", "000004"]
+    told = " ".join(capsys.readouterr().err.split())
+    for iteration in ("000002", "000003"):
+        assert f"checkpoints/{iteration}: No space left on device; free space on its disk: the run goes on" in told
+
+
+def test_a_full_disk_at_the_end_is_one_line_and_a_resume_makes_it_up(settings, monkeypatch):
+    settings["iterations"] = 3
+    with monkeypatch.context() as patch:
+        full_after(patch, {3})
+        with pytest.raises(CheckpointError, match=r"000003: No space left on device; .* then go on with --resume"):
+            train(load_config(settings), out=Path(settings["output"]) / "full")
+    run = Path(settings["output"]) / "full"
+    assert kept(run) == ["000001", "000002"]
+    train(resume=run)
+    assert_same_run(train(load_config(settings)).run_dir, run)
 
 
 def test_resuming_with_other_settings_names_them(settings):
@@ -258,7 +295,8 @@ def test_a_resumed_run_may_ask_its_service_elsewhere_but_not_another_judge(tmp_p
 
 
 def test_a_request_to_stop_during_an_evaluation_loses_no_iteration(settings, monkeypatch):
-    settings |= {"checkpoint": {"every": 10}, "evaluation": {"num_prompts": 3, "samples": 2, "every": 1}}
+    settings["evaluation"]["every"] = 1
+    settings["checkpoint"] = {"every": 10, "best": False}  # else every evaluation has a checkpoint
     from dancegrpo import evaluate
 
     measured = evaluate.evaluate

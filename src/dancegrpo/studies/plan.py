@@ -130,7 +130,8 @@ class Plan:
         # Nothing watches, unless a study asks for it: an algorithm that collapses is to be seen collapsing.
         settings = ["health.watch=none", *study.settings, *(place.settings if place else ()), *chosen.settings]
         settings += [f"{key}={json.dumps(value)}" for key, value in {**tuned, **(candidate or {})}.items()]
-        settings += [f"seed={seed}", f"name={study.name}-{arm}", "tracking.backend=none", "checkpoint.keep=1"]
+        settings += [f"seed={seed}", f"name={study.name}-{arm}", "tracking.backend=none"]
+        settings += ["checkpoint.keep=1", "checkpoint.best=false"]
         try:
             config = load_config(recipe, settings)
             if candidate is not None:
