@@ -121,13 +121,17 @@ class MicroBatchSize:
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM finish the iteration and save; a second Ctrl-C interrupts at once."""
+    """Ctrl-C and SIGTERM finish the iteration and save; a second Ctrl-C interrupts at once.
+
+    Another SIGTERM changes nothing: launchers and schedulers send several.
+    """
     stopped = threading.Event()
     previous: dict[int, Any] = {}
 
     def request(number: int, _: object) -> None:
         stopped.set()
-        signal.signal(number, previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
 
     if threading.current_thread() is threading.main_thread():
         previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
