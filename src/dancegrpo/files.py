@@ -62,8 +62,8 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text atomically."""
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
+    """Writes UTF-8 text atomically; half a surrogate pair, which a prompt may hold and UTF-8 cannot, becomes `?`."""
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="replace", newline="\n"))
 
 
 def write_json(path: Path, value: object) -> None:

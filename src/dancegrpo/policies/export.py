@@ -63,8 +63,9 @@ def card_text(card: ModelCard, task: Task, usage: Usage, *, lora: bool) -> str:
     shipped = card.base_model in PIPELINES
     kind = "LoRA weights for" if lora else "A complete diffusers pipeline, fine-tuned from"
     front = ["---", "library_name: diffusers", f"pipeline_tag: {task}"]
-    if not shipped and not Path(card.base_model).exists():  # the hub knows ids of its own only
-        front += [f"base_model: {json.dumps(card.base_model) if _is_odd(card.base_model) else card.base_model}"]
+    # The hub knows ids of its own only.
+    if not shipped and not Path(card.base_model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", card.base_model):
+        front += [f"base_model: {card.base_model}"]
     front += ["tags:", "- dancegrpo", "- reinforcement-learning", *["- lora"] * lora, "---", ""]
     body = [
         f"# {plain(card.recipe)}",
@@ -85,11 +86,6 @@ def card_text(card: ModelCard, task: Task, usage: Usage, *, lora: bool) -> str:
         "These are the settings it was trained and measured with; others work less well.",
     ]
     return "\n".join(front + body + (["", card.notes] if card.notes else [])) + "\n"
-
-
-def _is_odd(name: str) -> bool:
-    """Whether YAML needs quotes around a model's name; a hub id needs none."""
-    return re.fullmatch(r"[A-Za-z][\w.-]*/[\w.-]+", name) is None
 
 
 def _example(card: ModelCard, task: Task, usage: Usage, *, shipped: bool, lora: bool) -> list[str]:

@@ -214,7 +214,8 @@ class ProcessorReader:
     def __init__(self, source: str) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.model = load_pretrained(AutoModelForImageTextToText, source, judge="visionreward")
+        own: Any = {"judge": "visionreward", "trust_remote_code": False}
+        self.model = load_pretrained(AutoModelForImageTextToText, source, **own)
         try:
             self.processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
             # Padding behind the question moves no token of it.
