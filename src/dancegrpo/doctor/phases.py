@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dancegrpo.algorithms import DPO, DPOK, NFT, Advantage, Learning, ReFL
+from dancegrpo.algorithms import DPO, DPOK, NFT, Advantage, Learning, Part, ReFL
 from dancegrpo.algorithms.dpo import DPOLearning, Preferences
 from dancegrpo.algorithms.nft import NFTLearning
 from dancegrpo.algorithms.refl import LateStates, ReFLLearning
 from dancegrpo.config import RunConfig
 from dancegrpo.distributed import ALONE
+from dancegrpo.doctor.layout import ONE, Layout
 from dancegrpo.policies import Condition
 from dancegrpo.policies.pipeline import PipelinePolicy
 from dancegrpo.prompts import Prompt
@@ -37,6 +38,7 @@ class Iteration:
     algorithm: Any
     updater: Updater
     make: Make
+    layout: Layout = ONE
     plan: StepPlan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,9 +53,14 @@ class Iteration:
                 self.plan = StepPlan(self.plan.trained[:, :0], self.plan.noise_level)
 
     @property
-    def samples(self) -> int:
-        """Samples of an iteration."""
+    def total(self) -> int:
+        """Samples of an iteration, of all GPUs."""
         return 0 if self.config.offline else self.config.prompts.per_iteration * self.config.rollout.group_size
+
+    @property
+    def samples(self) -> int:
+        """The most samples that one GPU has."""
+        return self.layout.samples(self.total, self.config.rollout.batch_size)
 
     @property
     def batch(self) -> int:
@@ -72,15 +79,27 @@ class Iteration:
 
     # --- Rollout ------------------------------------------------------------------------------------------------------
 
-    def kept(self) -> _Kept:
-        """What a rollout keeps of its trained transitions."""
+    @property
+    def means(self) -> bool:
+        """Whether the means of transitions are kept beside the latents."""
+        return getattr(self.algorithm, "keep", "") == "means"
+
+    @property
+    def transition_bytes(self) -> int:
+        """What one GPU keeps of its trained transitions: latents before and after, and their means."""
+        latent = 4 * torch.Size(self.policy.latent_shape).numel()
+        return (3 if self.means else 2) * self.samples * self.plan.trained.shape[1] * latent
+
+    def kept(self, rows: int) -> _Kept:
+        """What a rollout keeps of the trained transitions of its first `rows` samples."""
         kept = _Kept.__new__(_Kept)
         kept.plan, kept.device, kept.reduction = self.plan, self.policy.device, "mean"
-        kept.mine = ALONE.rows(self.samples, self.config.rollout.batch_size)
-        shape = (*self.plan.trained.shape, *self.policy.latent_shape)
-        kept.log_prob = self.make(*self.plan.trained.shape)
+        kept.mine = ALONE.rows(rows, self.config.rollout.batch_size)
+        places = (rows, self.plan.trained.shape[1])
+        shape = (*places, *self.policy.latent_shape)
+        kept.log_prob = self.make(*places)
         kept.x_t, kept.x_next = self.make(*shape), self.make(*shape)
-        kept.mean = self.make(*shape) if getattr(self.algorithm, "keep", "") == "means" else None
+        kept.mean = self.make(*shape) if self.means else None
         return kept
 
     @torch.no_grad()
@@ -141,13 +160,9 @@ class Iteration:
         silent = torch.zeros(self.config.prompts.per_iteration, dtype=torch.bool)
         return Advantage(weight.clone(), weight, torch.ones(len(group), dtype=torch.bool), {}, silent)
 
-    def micro_batches(self, learning: Learning) -> list[list[tuple[Tensor, Tensor, float]]]:
-        """(sample, slot, scale) of every micro-batch, by optimizer step."""
-        size = self.config.update.micro_batch_size
-        return [
-            [(sample, slot, part.scale) for sample, slot, _ in learning.micro_batches(part, size)]
-            for part in learning.parts
-        ]
+    def micro_batches(self, learning: Learning, part: Part, size: int) -> list[tuple[Tensor, Tensor, float]]:
+        """(sample, slot, scale) of every micro-batch of an optimizer step."""
+        return [(sample, slot, part.scale) for sample, slot, _ in learning.micro_batches(part, size)]
 
     def backward(self, learning: Learning, micro_batch: tuple[Tensor, Tensor, float]) -> None:
         """One micro-batch's forward and backward pass."""

@@ -93,7 +93,7 @@ def _once(iteration: Iteration, panel: Judges, prompts: Any, spent: dict[str, fl
     """Every phase twice: the first time chooses kernels and fills caches."""
     config, device = iteration.config, iteration.policy.device
     count = min(len(prompts), config.prompts.per_iteration)
-    kept = None if config.offline else iteration.kept()
+    kept = None if config.offline else iteration.kept(iteration.samples)
     x0: Tensor | None = None
     for _ in range(2):
         with timed(spent, "encode", device):
@@ -110,9 +110,10 @@ def _once(iteration: Iteration, panel: Judges, prompts: Any, spent: dict[str, fl
                     panel.score(media, asked)
             x0 = iteration.make(iteration.samples, *iteration.policy.latent_shape)
         learning = iteration.learning(condition, kept, x0)
-        batches = [micro_batch for part in iteration.micro_batches(learning) for micro_batch in part]
+        size = config.update.micro_batch_size
+        batches = [batch for part in learning.parts for batch in iteration.micro_batches(learning, part, size)]
         with timed(spent, "update", device):
-            iteration.backward(learning, max(batches, key=lambda micro_batch: len(micro_batch[0])))
+            iteration.backward(learning, max(batches, key=lambda batch: len(batch[0])))
 
 
 def run_seconds(config: RunConfig, seconds: Seconds, prediction: Prediction) -> float | None:
