@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dancegrpo.config import RunConfig, load_config
-from dancegrpo.doctor import diagnose
+from dancegrpo.doctor import Plan, diagnose
 from dancegrpo.memory import TensorBytes
 from dancegrpo.rewards import load_reward
 from dancegrpo.trainer import Trainer
@@ -79,7 +79,7 @@ def measure(config: RunConfig) -> tuple[dict[str, int], dict[str, float]]:
 def compare(recipe: str, overrides: list[str], calibration: float) -> dict[str, Any]:
     config = load_config(recipe, [*OWN, *overrides])
     peaks, seconds = measure(config)
-    found = diagnose(config, calibration=calibration)
+    found = diagnose(config, plan=Plan(calibration=calibration))
     told = {phase["name"]: phase for phase in found.phases}
     rows = {}
     for phase in ("encode", "rollout", "decode", "update"):

@@ -267,18 +267,21 @@ def doctor(
     memory: Annotated[
         float | None, typer.Option(help="Plan for an accelerator of so many GB, instead of this machine's device.")
     ] = None,
+    gpus: Annotated[int | None, typer.Option(help="So many share the run; one GPU of them is predicted.")] = None,
     tflops: Annotated[
         float | None, typer.Option(help="Plan with so many 10^12 operations per second reached, without calibration.")
     ] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of the device, in any currency: the cost.")] = None,
+    network: Annotated[float | None, typer.Option(help="GB per second that a GPU receives from the others.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of one device, in any currency: the cost.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what the machine has, what a recipe lacks, and whether its run would fit, before anything is loaded."""
-    from dancegrpo.doctor import diagnose
+    from dancegrpo.doctor import Plan, diagnose
     from dancegrpo.doctor.text import as_json as told
     from dancegrpo.doctor.text import as_table
 
-    found = diagnose(recipe, list(overrides or []), memory=memory, tflops=tflops, price_per_hour=price_per_hour)
+    plan = Plan(memory, gpus, tflops, network, price_per_hour)
+    found = diagnose(recipe, list(overrides or []), plan)
     _print(told(found), as_table(found), as_json)
     if not found.ok:
         raise typer.Exit(1)

@@ -33,6 +33,8 @@ class Counter(TensorBytes):
         """Bytes that were held from the start."""
         self.flops: dict[str, int] = dict.fromkeys(KINDS, 0)
         """Operations so far by what makes them, of `KINDS`."""
+        self.attended = 0
+        """Bytes so far of what goes into attention and comes out: what ranks that split a sequence exchange."""
 
     @property
     def grown(self) -> int:
@@ -50,9 +52,11 @@ class Counter(TensorBytes):
         if packet is _ATTENTION:
             query, key, value = (tensor.shape for tensor in args[:3])
             self.flops["attention"] += int(sdpa_flop_count(query, key, value))
+            self.attended += args[0].nbytes + sum(tensor.nbytes for tensor in args[:3])
         elif packet is _ATTENTION_BACKWARD:
             gradient, query, key, value = (tensor.shape for tensor in args[:4])
             self.flops["attention"] += int(sdpa_backward_flop_count(gradient, query, key, value))
+            self.attended += sum(tensor.nbytes for tensor in args[:4])
         elif (counted := flop_registry.get(packet)) is not None:
             kind = "convolution" if "convolution" in str(packet) else "product"
             self.flops[kind] += int(counted(*args, **(kwargs or {}), out_val=out))

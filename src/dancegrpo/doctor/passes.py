@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,9 @@ from dancegrpo.prompts import Prompt
 class Work:
     """A phase on one GPU. held: bytes that wait for it, or from it. made: bytes of one repetition while it works.
 
-    flops: of one repetition, by kind. times: repetitions an iteration. micro_batches: of an optimizer step.
+    flops: of one repetition, by kind. times: repetitions an iteration. micro_batches: of an optimizer step. calls,
+    backwards: of denoisers in a repetition, all and those with a backward pass. attended: bytes into and out of
+    attention in a repetition, of whole sequences.
     """
 
     held: int
@@ -33,6 +36,9 @@ class Work:
     flops: dict[str, int]
     times: float
     micro_batches: int = 1
+    calls: int = 0
+    backwards: int = 0
+    attended: int = 0
 
 
 class Passes:
@@ -75,14 +81,15 @@ class Passes:
         if self.config.offline:
             return nothing
         batches, held = iteration.samples / iteration.batch, self._rollout_bytes()
-        with self._count() as counter:
+        with self._count() as counter, self._calls() as calls:
             kept = iteration.kept(iteration.samples)
             base = counter.live
             counter.restart()
             x = iteration.steps(self.condition, kept, [min(1, self.config.rollout.num_steps - 1)])
             steps, flops = counter.restart() - base, counter.flops
-        times = batches * self.config.rollout.num_steps / self.layout.context
-        found = {"rollout": Work(held, steps // self.layout.context, flops, times)}
+        made = {"calls": len(calls), "attended": counter.attended}
+        times = batches * self.config.rollout.num_steps
+        found = {"rollout": Work(held, steps // self.layout.context, self._shared(flops), times, **made)}
         del kept
         if isinstance(iteration.algorithm, ReFL):  # decodes and scores while it learns
             return nothing | found
@@ -122,13 +129,35 @@ class Passes:
         largest = max(batches, key=lambda batch: len(batch[0]))
         known = [p.grad for p in parameters if p.grad is not None]
         known += [t for t in (*(vars(kept).values() if kept else ()), x0) if isinstance(t, Tensor)]
-        with self._count(known) as counter:
+        with self._count(known) as counter, self._calls() as calls:
             iteration.backward(learning, largest)
         for parameter in parameters:
             parameter.grad = None
-        context, count = self.layout.context, max(math.ceil(each / size) for each in items)
-        made, times = counter.grown // context, sum(items) / len(largest[0]) / context
-        return {"update": Work(self._rollout_bytes(start=False), made, counter.flops, times, count)}
+        count, times = max(math.ceil(each / size) for each in items), sum(items) / len(largest[0])
+        held, made = self._rollout_bytes(start=False), counter.grown // self.layout.context
+        flops = self._shared(counter.flops)
+        seen = {"calls": len(calls), "backwards": sum(calls), "attended": counter.attended}
+        return {"update": Work(held, made, flops, times, count, **seen)}
+
+    def _shared(self, flops: dict[str, int]) -> dict[str, int]:
+        """Of a denoiser's operations those of one GPU: ranks that compute a sample together each do a piece."""
+        return {kind: count // self.layout.context for kind, count in flops.items()}
+
+    @contextmanager
+    def _calls(self) -> Iterator[list[bool]]:
+        """Within it, notes every call of a denoiser, and whether a backward pass follows."""
+        policy, found = self.iteration.policy, list[bool]()
+
+        def called(*_: object) -> None:
+            found.append(torch.is_grad_enabled())
+
+        networks = [*policy.modules.values(), *policy._references.values()]
+        hooks = [network.register_forward_pre_hook(called) for network in networks]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _count(self, more: Iterable[Tensor] = ()) -> Any:
         held = [*resident(self.iteration, self.networks), *more]

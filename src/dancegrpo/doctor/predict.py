@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from dancegrpo.doctor.passes import Passes, Work
 from dancegrpo.doctor.phases import Iteration, start_optimizer
 from dancegrpo.doctor.places import PHASES, assembled
 from dancegrpo.doctor.pretend import Pretender, pretended_policy
+from dancegrpo.doctor.scaling import traffic
 from dancegrpo.policies import Condition
 from dancegrpo.policies.pipeline import PipelinePolicy
 from dancegrpo.rewards import Judges, Scores
@@ -40,6 +41,8 @@ class Prediction:
     parameters: dict[str, int]
     checkpoint_bytes: int
     layout: Layout = ONE
+    traffic: dict[str, int] = field(default_factory=dict)
+    """Bytes that one GPU receives from others in an iteration, by what for."""
 
     @property
     def iteration_peak(self) -> int:
@@ -69,7 +72,8 @@ class Predictor:
         judges = {name: judge_network(name, judge, pretender) for name, judge in config.rewards.items()}
         iteration = self._iteration(config, pretender, policy, judges, layout)
         work = self._work(config, iteration, judges)
-        return Prediction(*assembled(config, self.device, iteration, list(judges.values()), work), layout)
+        placed = assembled(config, self.device, iteration, list(judges.values()), work)
+        return Prediction(*placed, layout, traffic(iteration, work, len(judges)))
 
     def _policy(self, config: RunConfig) -> tuple[Pretender, PipelinePolicy]:
         rollout = config.rollout.model_dump(exclude={"batch_size", "store"}, mode="json")
