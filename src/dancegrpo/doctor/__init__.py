@@ -118,7 +118,7 @@ def _examine(found: Diagnosis, config: RunConfig, plan: Plan) -> None:
         _tell(found, config, plan, predictor, prediction)
         if max(prediction.peak.values()) > found.capacity:
             found.advice = [advice.as_json() for advice in advise(config, predictor, found.capacity)]
-    _note_judges(found, config)
+    _note_judges(found, config, device)
 
 
 def _tell(found: Diagnosis, config: RunConfig, plan: Plan, predictor: Predictor, prediction: Prediction) -> None:
@@ -198,11 +198,13 @@ def _speed(config: RunConfig, predictor: Predictor, plan: Plan) -> Speed:
     return calibrate(predictor.device, DTYPES[config.model.dtype], Path(config.output), plan.calibration)
 
 
-def _note_judges(found: Diagnosis, config: RunConfig) -> None:
-    from dancegrpo.doctor.judges import PARAMETERS, SHARE
+def _note_judges(found: Diagnosis, config: RunConfig, device: torch.device) -> None:
+    from dancegrpo.doctor.judges import PARAMETERS, SHARE, elsewhere
 
     for name, judge in config.rewards.items():
-        if judge.judge in PARAMETERS:
+        if elsewhere(judge, device):
+            found.notes.append(f"judge {name} ({judge.judge}) is put elsewhere: neither its memory nor its seconds")
+        elif judge.judge in PARAMETERS:
             found.notes.append(
                 f"judge {name} ({judge.judge}): its weights, and {SHARE:.0%} of them for activations; no seconds"
             )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dancegrpo.config import RunConfig, load_config
+from dancegrpo.doctor.judges import CLIPS
 from dancegrpo.doctor.predict import Prediction, Predictor
 from dancegrpo.errors import DanceError
 
@@ -52,7 +53,7 @@ def total(prediction: Prediction) -> int:
 
 def _best(config: RunConfig, predictor: Predictor, now: Prediction) -> tuple[Advice, RunConfig, Prediction] | None:
     before, phase = total(now), max(now.peak, key=lambda name: now.peak[name])
-    for override, costs in _changes(config, predictor.device.type, phase):
+    for override, costs in _changes(config, predictor.device.type, phase, now.layout.gpus):
         try:
             changed = load_config(config, [override])
             prediction = predictor(changed)
@@ -63,8 +64,25 @@ def _best(config: RunConfig, predictor: Predictor, now: Prediction) -> tuple[Adv
     return None
 
 
-def _changes(config: RunConfig, device: str, phase: str) -> Iterator[tuple[str, str]]:
+def _changes(config: RunConfig, device: str, phase: str, gpus: int) -> Iterator[tuple[str, str]]:
     """(setting, what it costs) that could help the phase with the highest peak, the gentlest first."""
+    yield from _same_results(config, device, phase, gpus)
+    model = config.model
+    if phase == "decode" and not model.vae_tiling:
+        yield "model.vae_tiling=true", "faint seams"
+    if model.dtype == "float32":
+        yield "model.dtype=bfloat16", "precision of the networks' arithmetic"
+    for name, judge in config.rewards.items():
+        if judge.judge in CLIPS and judge.options.get("dtype", "float32") == "float32":
+            yield f"rewards.{name}.options.dtype=bfloat16", "precision of the judge's arithmetic"
+    if model.lora is None:
+        yield "model.lora={rank: 128, alpha: 256}", "trains adapters, not all weights"
+    elif model.quantize is None and config.parallel.fsdp == 1:
+        yield "model.quantize=int8", "rounding of the frozen weights; some time"
+
+
+def _same_results(config: RunConfig, device: str, phase: str, gpus: int) -> Iterator[tuple[str, str]]:
+    """Those that leave a run's results as they are, to rounding."""
     model, micro, batch = config.model, config.update.micro_batch_size, config.rollout.batch_size
     if device != "cpu" and not model.offload:
         yield "model.offload=true", "copies of the encoders and the decoder when they work"
@@ -78,9 +96,5 @@ def _changes(config: RunConfig, device: str, phase: str) -> Iterator[tuple[str, 
         yield "model.vae_slicing=true", "some time"
     if phase in ("rollout", "decode", "score") and batch > 1:
         yield f"rollout.batch_size={batch // 2}", "some speed on a large device; the same samples to rounding"
-    if phase == "decode" and not model.vae_tiling:
-        yield "model.vae_tiling=true", "faint seams"
-    if model.dtype == "float32":
-        yield "model.dtype=bfloat16", "precision of the networks' arithmetic"
-    if model.lora is None:
-        yield "model.lora={rank: 128, alpha: 256}", "trains adapters, not all weights"
+    if 2 * config.parallel.fsdp <= gpus and gpus % (2 * config.parallel.fsdp) == 0:
+        yield f"parallel.fsdp={2 * config.parallel.fsdp}", "gathers of weights between the GPUs"

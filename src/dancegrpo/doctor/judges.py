@@ -19,7 +19,8 @@ from dancegrpo.settings import RewardConfig
 
 VIT_L_14 = Architecture(Tower(1024, 4096, 24, 16), Tower(768, 3072, 12, 12), 768, 224, 14, 77, 49408, quick_gelu=True)
 """OpenAI's CLIP ViT-L/14."""
-_CLIPS = {"hps": VIT_H_14, "pickscore": VIT_H_14, "clip": VIT_L_14, "aesthetic": VIT_L_14}
+CLIPS = {"hps": VIT_H_14, "pickscore": VIT_H_14, "clip": VIT_L_14, "aesthetic": VIT_L_14}
+"""The networks of the judges that are built here, ImageReward's apart."""
 _BATCHES = {"hps": 32, "pickscore": 32, "clip": 32, "aesthetic": 32, "imagereward": 16, "videoalign": 4}
 PARAMETERS = {
     "videoalign": 2_208_985_600,
@@ -55,15 +56,17 @@ class JudgeNetwork:
         return network.get_image_features(shown.to(network.dtype)).pooler_output.float().mean(1)
 
 
-def judge_network(name: str, config: RewardConfig, pretender: Pretender) -> JudgeNetwork:
-    """A judge of a recipe, its weights not looked for."""
+def judge_network(name: str, config: RewardConfig, pretender: Pretender, device: torch.device) -> JudgeNetwork:
+    """A judge of a recipe, its weights not looked for; one that is put elsewhere lays nothing on `device`."""
     kind, options = config.judge, config.options
     dtype = DTYPES[str(options.get("dtype", "float32"))]
     given = options.get("batch_size")
     batch = given if isinstance(given, int) else _BATCHES.get(kind)
-    sizes = _shipped_clip(options) if kind in _CLIPS else None
-    if kind in _CLIPS and sizes is None:
-        clip = torch.nn.Module.to(build_clip(_CLIPS[kind]), dtype).eval().requires_grad_(False)
+    if elsewhere(config, device):
+        return JudgeNetwork(name, batch)
+    sizes = _shipped_clip(options) if kind in CLIPS else None
+    if kind in CLIPS and sizes is None:
+        clip = torch.nn.Module.to(build_clip(CLIPS[kind]), dtype).eval().requires_grad_(False)
         return JudgeNetwork(name, batch, pretender.dress(clip))
     if kind == "imagereward":
         with torch.device("meta"):
@@ -73,6 +76,12 @@ def judge_network(name: str, config: RewardConfig, pretender: Pretender) -> Judg
         size = PARAMETERS[kind] * dtype.itemsize
         return JudgeNetwork(name, batch, None, size, int(SHARE * size))
     return JudgeNetwork(name, batch or _own_batch(kind))
+
+
+def elsewhere(config: RewardConfig, device: torch.device) -> bool:
+    """Whether the recipe puts a judge on another kind of device than the run's."""
+    place = getattr(config, "device", None) or config.options.get("device")
+    return isinstance(place, str) and place.split(":")[0] != device.type
 
 
 def _own_batch(kind: str) -> int | None:

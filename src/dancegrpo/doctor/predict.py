@@ -69,7 +69,7 @@ class Predictor:
         """The prediction for a recipe. Raises ConfigError and ModelError for settings that the model cannot run."""
         layout = layout_of(config, self.gpus)
         pretender, policy = self._policy(config)
-        judges = {name: judge_network(name, judge, pretender) for name, judge in config.rewards.items()}
+        judges = {name: judge_network(name, judge, pretender, self.device) for name, judge in config.rewards.items()}
         iteration = self._iteration(config, pretender, policy, judges, layout)
         work = self._work(config, iteration, judges)
         placed = assembled(config, self.device, iteration, list(judges.values()), work)
