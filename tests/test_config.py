@@ -39,7 +39,7 @@ PUBLISHED |= {
     "wan21-hps": (WAN, 512, 20, 3.0, 0.3, 5.0, 2, 8, 12, 1, 1e-5, 1.0, 0.6, 1000, None, None),
 }
 BASELINES = {"sd14-ddpo": "ddpo", "sd15-dpok": "dpok", "sd14-refl": "refl", "sd15-dpo": "dpo"}
-OURS = {"hunyuan-t2i-hps", "sd3-hps", "sdxl-hps"}
+OURS = {"flux-hps-24gb", "hunyuan-t2i-hps", "sd3-hps", "sdxl-hps"}
 MINIATURES = {"shapes-flux", "shapes-flux-demo", "shapes-sd", "shapes-video", "shapes-i2v", "shapes-t2i"}
 
 

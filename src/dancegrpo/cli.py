@@ -267,6 +267,35 @@ def validate(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: `dancegrpo doctor` or `dancegrpo doctor flux-hps-lora --memory 80 --price-per-hour 2`")
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A shipped recipe or a YAML file; without one, the machine alone.")
+    ] = None,
+    overrides: Overrides = None,
+    memory: Annotated[
+        float | None, typer.Option(help="Plan for an accelerator of so many GB, instead of this machine's device.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="So many share the run; one GPU of them is predicted.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="Plan with so many 10^12 operations per second reached, without calibration.")
+    ] = None,
+    network: Annotated[float | None, typer.Option(help="GB per second that a GPU receives from the others.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of one device, in any currency: the cost.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the machine has, what a recipe lacks, and whether its run would fit, before anything is loaded."""
+    from dancegrpo.doctor import Plan, diagnose
+    from dancegrpo.doctor.text import as_json as told
+    from dancegrpo.doctor.text import as_table
+
+    plan = Plan(memory, gpus, tflops, network, price_per_hour)
+    found = diagnose(recipe, list(overrides or []), plan)
+    _print(told(found), as_table(found), as_json)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: `dancegrpo score hps --media pictures --prompts prompts.txt options.batch_size=8`")
 def score(
     judge: Annotated[str, typer.Argument(help="A shipped judge (`dancegrpo rewards`) or `package.module:function`.")],

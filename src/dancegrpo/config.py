@@ -70,6 +70,10 @@ class RunConfig(Frozen):
         self._check_updates()
         if self.model.dtype == "float16":
             raise ValueError("model.dtype=float16 loses small gradients to underflow: use bfloat16 or float32 to train")
+        if self.model.quantize is not None and self.parallel.fsdp > 1:
+            raise ValueError(
+                f"parallel.fsdp={self.parallel.fsdp} shards no model.quantize={self.model.quantize}: use one"
+            )
         wanted = self.evaluation.num_prompts
         if wanted and not self.prompts.evaluation:
             raise ValueError(f"evaluation.num_prompts={wanted} needs prompts.evaluation: name a file, or set it to 0")

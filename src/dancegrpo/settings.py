@@ -95,6 +95,8 @@ class ModelConfig(Frozen):
     """`auto` takes the accelerator where there is one, else the CPU."""
     lora: LoraConfig | None = None
     """None = all weights of the denoiser are trained."""
+    quantize: Literal["int8"] | None = None
+    """Store the frozen linear layers in the blocks of denoiser and text encoders in 8 bits; with `lora` only."""
     gradient_checkpointing: bool = False
     """Recompute activations of the repeated blocks in the backward pass: less memory, about a third more time."""
     vae_tiling: bool = False
@@ -103,6 +105,12 @@ class ModelConfig(Frozen):
     """Decode the samples of a batch one by one, where the autoencoder can: less memory."""
     offload: bool = False
     """Keep text encoders and the autoencoder in the host's memory while they are idle."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.quantize is not None and self.lora is None:
+            raise ValueError(f"quantize={self.quantize} freezes the weights: set lora, or quantize to null")
+        return self
 
 
 class PromptsConfig(Frozen):

@@ -25,6 +25,7 @@ from dancegrpo.policies.context import require_split
 from dancegrpo.policies.export import ModelCard, Task, Usage, card_text
 from dancegrpo.policies.guidance import NEGATIVE
 from dancegrpo.policies.offload import lent
+from dancegrpo.policies.quantize import quantize
 from dancegrpo.prompts import Prompt
 from dancegrpo.sde import Dynamics
 from dancegrpo.settings import LoraConfig as LoraSettings
@@ -80,6 +81,8 @@ class PipelinePolicy(Policy):
         self._check_settings(model)
         self._check(model, rollout)
         self._freeze()
+        if model.quantize is not None:
+            quantize([*self.modules.values(), *(part for n, part in self._networks().items() if n in self.encoders)])
         for name, module in self.modules.items():
             self._make_trainable(name, module, seed)
         pipeline.set_progress_bar_config(disable=True)
@@ -218,7 +221,8 @@ class PipelinePolicy(Policy):
     @cached_property
     def condition_id(self) -> str:
         """sha256 over the files of the text encoders and tokenizers, and the settings that `encode` reads."""
-        digest = hashlib.sha256(repr((type(self).__name__, *self._encode_settings())).encode())
+        told = (type(self).__name__, *self._encode_settings(), *filter(None, [self.model.quantize]))
+        digest = hashlib.sha256(repr(told).encode())
         for part in self.text_parts:
             for file in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
                 digest.update(f"{part}/{file.name}".encode())

@@ -1,0 +1,134 @@
+"""Seconds of each phase: timed on the machine where the networks are small, else operations over the speed reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dancegrpo.algorithms import ReFL, build_algorithm
+from dancegrpo.config import RunConfig
+from dancegrpo.doctor.calibrate import Speed
+from dancegrpo.doctor.phases import Iteration, start_optimizer, timed
+from dancegrpo.doctor.predict import Prediction
+from dancegrpo.health import use_threads
+from dancegrpo.policies import load_policy
+from dancegrpo.prompts import open_prompts
+from dancegrpo.rewards import CATALOG, Judges, load_reward
+from dancegrpo.update import Updater
+
+SMALL = 50_000_000
+"""Parameters up to which a pipeline is loaded and timed: overhead decides there, not operations."""
+_ASKED = ("encode", "rollout", "decode", "score", "update")
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """By phase of an iteration; None where nothing is known. measured: whether the networks themselves were timed."""
+
+    phases: dict[str, float | None]
+    measured: bool
+
+    @property
+    def iteration(self) -> float | None:
+        """All that is known of an iteration; None where nothing is."""
+        known = [value for name in _ASKED if (value := self.phases.get(name)) is not None]
+        return sum(known) if known else None
+
+
+def by_operations(prediction: Prediction, speed: Speed, load_rate: float) -> Seconds:
+    """Operations over speed. load_rate: bytes per second at which weights come from the disk."""
+    phases: dict[str, float | None] = {phase: speed.seconds(prediction.flops(phase)) for phase in _ASKED}
+    phases["load"] = prediction.peak["load"] / load_rate
+    phases["save"] = prediction.checkpoint_bytes / speed.disk
+    return Seconds(phases, measured=False)
+
+
+def is_small(prediction: Prediction) -> bool:
+    """Whether the pipeline itself can be timed in seconds."""
+    return sum(prediction.parameters.values()) <= SMALL
+
+
+def by_trial(config: RunConfig, prediction: Prediction, speed: Speed) -> Seconds:
+    """One repetition of each phase on the real networks, scaled by how often each comes."""
+    use_threads(config.threads)
+    spent: dict[str, float] = {}
+    with timed(spent, "load", torch.device("cpu")):
+        policy: Any = load_policy(config.model, config.rollout, seed=config.seed)
+    prompts = open_prompts(config.prompts.train, **config.prompts.reading())
+    judges = {
+        name: load_reward(name, reward)
+        for name, reward in config.rewards.items()
+        if reward.judge in CATALOG and not CATALOG[reward.judge].weights and not CATALOG[reward.judge].placing
+    }
+    panel = Judges(judges, {name: config.rewards[name].weight for name in judges}).to(policy.device)
+    iteration = _real_iteration(config, policy, panel)
+    _once(iteration, panel, prompts, spent)
+    times = {phase: prediction.work[phase].times for phase in _ASKED if phase in prediction.work}
+    phases: dict[str, float | None] = {p: spent[p] * n for p, n in times.items() if p in spent and p != "score"}
+    if "score" in spent:
+        phases["score"] = spent["score"] * iteration.samples / iteration.batch
+    phases |= {"load": spent["load"], "save": prediction.checkpoint_bytes / speed.disk}
+    return Seconds(phases, measured=True)
+
+
+def _real_iteration(config: RunConfig, policy: Any, panel: Judges) -> Iteration:
+    algorithm: Any = build_algorithm(config, panel)
+    if algorithm.needs_reference:
+        policy.keep_reference()
+    if config.algorithm.name == "nft":
+        algorithm._follow(policy)
+    updater = Updater(policy, config)
+    start_optimizer(updater, torch.zeros_like)
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, device=policy.device)
+
+    return Iteration(config, policy, algorithm, updater, make)
+
+
+def _once(iteration: Iteration, panel: Judges, prompts: Any, spent: dict[str, float]) -> None:
+    """Every phase twice: the first time chooses kernels and fills caches."""
+    config, device = iteration.config, iteration.policy.device
+    count = min(len(prompts), config.prompts.per_iteration)
+    kept = None if config.offline else iteration.kept(iteration.samples)
+    x0: Tensor | None = None
+    for _ in range(2):
+        with timed(spent, "encode", device):
+            one = iteration.encode(prompts[0])
+        condition = iteration.conditions(one)
+        if kept is not None:
+            with timed(spent, "rollout", device):
+                x = iteration.steps(condition, kept, [1])
+            if not isinstance(iteration.algorithm, ReFL):
+                with timed(spent, "decode", device):
+                    media = iteration.decode(x, condition).clamp(0, 1)
+                asked = [prompts[i % count] for i in range(len(media))]
+                with timed(spent, "score", device), torch.no_grad():
+                    panel.score(media, asked)
+            x0 = iteration.make(iteration.samples, *iteration.policy.latent_shape)
+        learning = iteration.learning(condition, kept, x0)
+        size = config.update.micro_batch_size
+        batches = [batch for part in learning.parts for batch in iteration.micro_batches(learning, part, size)]
+        with timed(spent, "update", device):
+            iteration.backward(learning, max(batches, key=lambda batch: len(batch[0])))
+
+
+def run_seconds(config: RunConfig, seconds: Seconds, prediction: Prediction) -> float | None:
+    """Of the whole run: loading, iterations, checkpoints, held-out evaluations."""
+    each = seconds.iteration
+    if each is None:
+        return None
+    told, every = seconds.phases, config.checkpoint.every
+    saves = (config.iterations // every if every else 0) + (1 if not every or config.iterations % every else 0)
+    evaluations = 0
+    if config.evaluation.num_prompts:
+        between = config.evaluation.every
+        evaluations = 2 + (max(0, config.iterations - 1) // between if between else 0)
+    samples = 0 if config.offline else config.prompts.per_iteration * config.rollout.group_size
+    drawing = sum(told.get(name) or 0.0 for name in ("rollout", "decode", "score"))
+    evaluating = drawing / samples * config.evaluation.num_prompts if samples else 0.0
+    fixed = (told.get("load") or 0.0) + saves * (told.get("save") or 0.0)
+    return fixed + config.iterations * each + evaluations * evaluating
