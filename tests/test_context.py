@@ -96,7 +96,7 @@ LAYOUTS = {"context": {"context": 2}, "both": {"fsdp": 2, "context": 2}}
 def runs(folder: Path) -> list[tuple[str, str, list[str]]]:
     """(name, recipe, overrides): batches of the rollout and of training mix prompts of different length."""
     mixed = [*COMMON, "rollout.batch_size=6"]
-    clips = ["model={height: 32, width: 32, num_frames: 5, max_sequence_length: 63}", "rewards.motion_quality=null"]
+    clips = ["model={height: 32, width: 32, num_frames: 5, max_sequence_length: 63}"]
     clips += [f"model.prompt_template={json.dumps(TEMPLATE.model_dump())}"]
     hunyuan, skyreels = (
         f"model.path={build(folder / name)}"
@@ -106,9 +106,8 @@ def runs(folder: Path) -> list[tuple[str, str, list[str]]]:
         ("flux", "shapes-flux", [*mixed, "advantage.keep=2", "algorithm.kl_weight=0.1"]),
         ("lora", "shapes-flux", [*mixed, "model.lora={rank: 4, alpha: 8}", "ema.decay=null"]),
         ("dpok", "shapes-flux", [*mixed, "algorithm.name=dpok"]),
-        ("dpo", "shapes-flux", [*mixed, "algorithm.name=dpo", "update.updates_per_rollout=1"]),
-        ("hunyuan", "shapes-video", [*mixed, *clips, hunyuan]),
-        ("skyreels", "shapes-i2v", [*mixed, *clips, skyreels, "model.true_cfg_scale=3"]),
+        ("hunyuan", "shapes-video", [*mixed, *clips, hunyuan, "rewards.motion_quality=null"]),
+        ("skyreels", "shapes-i2v", [*mixed, *clips, skyreels, "rewards.identity=null", "model.true_cfg_scale=1.5"]),
     ]
 
 
@@ -124,7 +123,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dic
     return found
 
 
-RUNS = ["flux", "lora", "dpok", "dpo", "hunyuan", "skyreels"]
+RUNS = ["flux", "lora", "dpok", "hunyuan", "skyreels"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -143,15 +142,31 @@ def test_the_first_iteration_is_the_same(results, name: str, layout: str) -> Non
             assert two[key] == (None if value is None else pytest.approx(value, abs=1e-5, rel=1e-3)), key
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", RUNS)
-def test_weights_after_three_iterations_agree_within_a_hundredth_of_the_update(results, name: str, layout: str) -> None:
-    one, two = results["one"][name], results[layout][name]
+def apart(one: dict, two: dict) -> float:
+    """How far the weights of two runs are from each other, in units of how far the first's have moved."""
     change = one["metrics"][-1]["train/weight_change"]
     norm = sum(float(w.double().square().sum()) for w in one["weights"].values()) ** 0.5
     gap = sum(float((w - two["weights"][n]).double().square().sum()) for n, w in one["weights"].items()) ** 0.5
-    print(f"{layout} {name}: {gap / (change * norm):.1e} of the update")
-    assert gap <= 0.01 * change * norm
+    return gap / (change * norm)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", RUNS)
+def test_weights_after_three_iterations_agree_within_a_hundredth_of_the_update(results, name: str, layout: str) -> None:
+    assert apart(results["one"][name], results[layout][name]) <= 0.01
+
+
+@pytest.mark.slow
+def test_four_processes_with_two_uneven_shares_agree_with_one(tmp_path: Path) -> None:
+    """Three batches on two pairs of processes, weights sharded over all four: masks, picks and skipped groups never
+    leave them with different numbers of passes."""
+    chosen = [(name, recipe, [*more, "rollout.batch_size=4"]) for name, recipe, more in runs(tmp_path)[::3]]
+    for layout, parallel in {"one": {}, "four": {"fsdp": 4, "context": 2}}.items():
+        launch(tmp_path, layout, {"parallel": parallel, "cases": chosen}, processes=4)
+    for name, _, _ in chosen:
+        one, four = (torch.load(tmp_path / f"{at}.{name}.pt", weights_only=True) for at in ("one", "four"))
+        assert apart(one, four) <= 0.01
+        assert four["asked"] == one["asked"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

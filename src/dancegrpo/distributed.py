@@ -370,8 +370,9 @@ def split_sequences(module: Any, plan: Mapping[str, Any], world: World) -> None:
     mesh = world.sequence_mesh["ring", "ulysses"]
     # Not `enable_parallelism`: it divides by the number of accelerators, of which a CPU has none.
     config.setup(world.rank, world.size, torch.device(mesh.device_type), mesh=mesh)
-    for part in module.modules():
-        if hasattr(processor := getattr(part, "processor", None), "_parallel_config"):
+    processors: list[Any] = [getattr(part, "processor", None) for part in module.modules()]
+    for processor in processors:
+        if hasattr(processor, "_parallel_config"):
             processor._parallel_config = config
     _cast_before_attention()
     apply_context_parallel(module, config.context_parallel_config, plan)
