@@ -1,10 +1,10 @@
 """Whether a run survives what a week brings, in an hour: `python benchmarks/endurance.py --minutes 60`.
 
-A small `shapes-flux` run with its judge behind `dancegrpo serve-reward` is disturbed at seeded random moments: the trainer
-is killed (also inside a save), asked to stop, or finds its disk full; the judge's server is killed or stopped for a while.
-Whatever ends the trainer, it is started again by the same command, `--resume auto`. Then the same number of iterations is
-trained undisturbed, and metrics (all but timing and memory) and weights are compared bit for bit. A full disk is a limit
-on the size of files (RLIMIT_FSIZE), which needs no rights.
+A small `shapes-flux` run with its judge behind `dancegrpo serve-reward` is disturbed at seeded random moments: the
+trainer is killed (also inside a save), asked to stop, or finds its disk full; the judge's server is killed or stopped
+for a while. Whatever ends the trainer, it is started again by the same command, `--resume auto`. Then the same number
+of iterations is trained undisturbed, and metrics (all but timing and memory) and weights are compared bit for bit. A
+full disk is a limit on the size of files (RLIMIT_FSIZE), which needs no rights.
 
 Prints what happened and one line with the verdict; exits with 1 where anything differs or ended in an unexpected way.
 """

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from dancegrpo.checkpoint import Checkpoint, load_latest
-from dancegrpo.distributed import World, laid_out, local, shard, started, whole
+from dancegrpo.checkpoint import Checkpoint, Keep, load_latest
+from dancegrpo.distributed import World, started
 from dancegrpo.saver import Saver
 from dancegrpo.settings import ParallelConfig
+from dancegrpo.sharding import laid_out, local, shard, whole
 
 
 class Block(nn.Module):
@@ -73,7 +74,7 @@ def found(run_dir: Path, world: World) -> dict[str, dict[str, torch.Tensor]]:
 
 def save(run_dir: Path, held: dict[str, dict[str, torch.Tensor]], world: World, iteration: int = 1) -> Saver:
     saver = Saver(world)
-    saver.begin(run_dir, Checkpoint(iteration, held, {"iteration": iteration}), keep=3)
+    saver.begin(run_dir, Checkpoint(iteration, held, {"iteration": iteration}), Keep(3))
     saver.wait()
     return saver
 
@@ -109,7 +110,7 @@ def faults(run_dir: Path, held: dict[str, dict[str, torch.Tensor]], world: World
     saver = Saver(world)
     if not world.main:
         saver._write = full_disk
-    saver.begin(run_dir, Checkpoint(3, held, {}), keep=3)
+    saver.begin(run_dir, Checkpoint(3, held, {}), Keep(3))
     saver.wait()
     assert "000003: No space left on device; free space" in str(saver.failure)
     world.barrier()

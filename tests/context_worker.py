@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from dancegrpo.distributed import World, started, whole
+from dancegrpo.distributed import World, started
 from dancegrpo.noise import normal
 from dancegrpo.policies import Condition, Policy, load_policy
 from dancegrpo.prompts import Prompt
 from dancegrpo.settings import ModelConfig, ParallelConfig, RolloutConfig
+from dancegrpo.sharding import whole
 
 TEXTS = ("a", "two blue squares above a green one")
 

@@ -10,9 +10,10 @@ import torch
 
 from dancegrpo import evaluate
 from dancegrpo.config import load_config
-from dancegrpo.distributed import started, whole
+from dancegrpo.distributed import started
 from dancegrpo.rewards import FunctionReward
 from dancegrpo.settings import ParallelConfig
+from dancegrpo.sharding import whole
 from dancegrpo.trainer import Trainer
 
 ASKED: list[int] = []

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from dancegrpo import saver as saving
 from dancegrpo.checkpoint import (
     Checkpoint,
+    Keep,
     drop_after,
     iterations,
     load,
@@ -33,7 +34,7 @@ def checkpoint(iteration: int) -> Checkpoint:
 def save(run_dir, saved: Checkpoint, keep: int = 2, best: int | None = None):
     """Starts a save and waits for it."""
     saver = Saver()
-    saver.begin(run_dir, saved, keep, best)
+    saver.begin(run_dir, saved, Keep(keep, best))
     saver.wait()
     assert saver.failure is None
     return path_of(run_dir, saved.iteration)
@@ -198,7 +199,7 @@ def held_up(monkeypatch):
 
 def test_what_is_saved_is_what_was_there_when_the_save_began(tmp_path, held_up):
     weight, state, saver = torch.zeros(4), {"seen": [1]}, Saver()
-    saver.begin(tmp_path, Checkpoint(1, {"weights": {"w": weight}}, state), keep=2)
+    saver.begin(tmp_path, Checkpoint(1, {"weights": {"w": weight}}, state), Keep(2))
     weight += 1
     state["seen"].append(2)
     assert saver.poll() == []
@@ -214,7 +215,7 @@ def test_the_memory_of_one_save_serves_the_next(tmp_path):
     weight, saver = torch.zeros(4), Saver()
     for iteration in (1, 2):
         weight.fill_(iteration)
-        saver.begin(tmp_path, Checkpoint(iteration, {"weights": {"w": weight}}, {}), keep=2)
+        saver.begin(tmp_path, Checkpoint(iteration, {"weights": {"w": weight}}, {}), Keep(2))
         buffers = list(saver._buffers.values())
     saver.wait()
     assert [buffer.tolist() for buffer in buffers] == [[2.0] * 4]
@@ -225,7 +226,7 @@ def test_the_memory_of_one_save_serves_the_next(tmp_path):
 def test_an_iteration_is_saved_once(tmp_path):
     saver = Saver()
     for state in ({"first": True}, {"first": False}):
-        saver.begin(tmp_path, Checkpoint(1, {"weights": {}}, state), keep=2)
+        saver.begin(tmp_path, Checkpoint(1, {"weights": {}}, state), Keep(2))
     saver.wait()
     assert load_latest(tmp_path, pytest.fail).state == {"first": True}
 
@@ -233,7 +234,7 @@ def test_an_iteration_is_saved_once(tmp_path):
 @pytest.mark.parametrize("raised", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_a_full_disk_costs_no_earlier_checkpoint_and_the_next_save_is_tried(tmp_path, monkeypatch, raised):
     saver = Saver()
-    saver.begin(tmp_path, checkpoint(1), keep=1)
+    saver.begin(tmp_path, checkpoint(1), Keep(1))
     saver.wait()
 
     def full(path):
@@ -241,12 +242,12 @@ def test_a_full_disk_costs_no_earlier_checkpoint_and_the_next_save_is_tried(tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(saving, "sync", full)
-        saver.begin(tmp_path, checkpoint(2), keep=1)
+        saver.begin(tmp_path, checkpoint(2), Keep(1))
         saver.wait()
     told = [str(failure) for failure in saver.poll()]
     assert told == [f"cannot write {path_of(tmp_path, 2)}: No space left on device; free space on its disk"]
     assert (saver.poll(), names(tmp_path)) == ([], ["000001"])
-    saver.begin(tmp_path, checkpoint(3), keep=1)
+    saver.begin(tmp_path, checkpoint(3), Keep(1))
     saver.wait()
     assert (saver.failure, names(tmp_path)) == (None, ["000003"])
 
@@ -254,7 +255,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint_and_the_next_save_is_tried(tmp_
 def test_a_folder_that_cannot_be_made_is_a_failed_save(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     saver = Saver()
-    saver.begin(tmp_path, checkpoint(1), keep=1)
+    saver.begin(tmp_path, checkpoint(1), Keep(1))
     assert "cannot write" in str(saver.failure)
 
 
@@ -298,8 +299,24 @@ def test_a_best_that_the_run_went_back_behind_is_exported_but_not_gone_on_from(t
 def test_a_damaged_newer_one_does_not_count_as_kept(tmp_path):
     for iteration in (1, 2, 3):
         save(tmp_path, checkpoint(iteration), keep=9)
-    prune(tmp_path, 2, keep=1)
+    prune(tmp_path, 2, Keep(1))
     assert names(tmp_path) == ["000002", "000003"]
+
+
+@pytest.mark.parametrize(("every", "newest"), [(1, 1), (1, 2), (5, 2), (10, 2), (12, 1), (30, 2)])
+def test_there_always_is_a_state_to_go_back_to_once_one_is_old_enough(every, newest):
+    """A collapse shows 12 iterations late: what is kept reaches back further, at any moment, and not much further."""
+    saved: list[int] = []
+    for done in range(1, 400):
+        first = [iteration for iteration in range(every, done, every) if iteration <= done - 12]
+        if first:
+            good = [iteration for iteration in saved if iteration <= done - 12]
+            assert good
+            assert good[-1] >= done - 12 - 2 * max(12, (newest + 1) * every)
+        if done % every == 0:
+            saved = sorted(Keep(newest, refuge=done - 12).among([*saved, done]))
+            assert done in saved
+            assert len(saved) <= newest + 2
 
 
 def test_metrics_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):

@@ -123,17 +123,39 @@ def iterations(run_dir: Path, *, abandoned: bool = False) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def prune(run_dir: Path, until: int, keep: int, best: int | None = None) -> None:
-    """Of the checkpoints of at most `until` iterations, removes all but the newest `keep` and the best.
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints are left: the newest `newest`, the best, and where a run may have to go back to.
+
+    refuge: iterations of which a state still counts as good, or fewer; None where no run goes back.
+    """
+
+    newest: int
+    best: int | None = None
+    refuge: int | None = None
+
+    def among(self, saved: Sequence[int]) -> set[int]:
+        """Those to keep of the checkpoints of so many iterations each, in order."""
+        kept = set(saved[-self.newest :])
+        if self.best is not None and self.best in saved:
+            kept.add(self.best)
+        if self.refuge is not None:
+            # The newest that is old enough, and the one after it, which will be: so there always is one.
+            old = [iteration for iteration in saved if iteration <= self.refuge]
+            kept |= {*old[-1:], *saved[len(old) : len(old) + 1]}
+        return kept
+
+
+def prune(run_dir: Path, until: int, keep: Keep) -> None:
+    """Of the checkpoints of at most `until` iterations, removes those that are not to be kept.
 
     Those beyond, which are damaged where there are any, do not count as newest.
     """
     saved = [iteration for iteration in iterations(run_dir) if iteration <= until]
-    for old in saved[:-keep]:
-        if old != best:
-            shutil.rmtree(path_of(run_dir, old), ignore_errors=True)
+    for old in set(saved) - keep.among(saved):
+        shutil.rmtree(path_of(run_dir, old), ignore_errors=True)
     for path in _folder(run_dir).glob(f"*{ABANDONED}"):
-        if best is None or path.name != f"{best:06d}{ABANDONED}":
+        if keep.best is None or path.name != f"{keep.best:06d}{ABANDONED}":
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -76,8 +76,12 @@ def train(
     result = run(recipe, overrides=settings, out=out, resume=resume)
     if not result.main:
         return  # one of several processes speaks for all
-    told = {"run_dir": str(result.run_dir), "report": str(result.report), "iterations": result.iterations}
+    told: dict[str, Any] = {"run_dir": str(result.run_dir), "report": str(result.report)}
+    told["iterations"] = result.iterations
+    told["verdict"] = result.verdict
     _print(told, f"run:    {result.run_dir}\nreport: {result.report}", as_json)
+    if result.verdict is not None:  # for whoever started it: to go on as it is would end like this again
+        raise typer.Exit(1)
 
 
 @app.command(

@@ -15,7 +15,6 @@ from torch import Tensor
 from dancegrpo import evaluate
 from dancegrpo.checkpoint import Checkpoint, iterations, load, load_latest
 from dancegrpo.config import RunConfig, diff_configs, load_config
-from dancegrpo.distributed import laid_out
 from dancegrpo.errors import CheckpointError, ConfigError, PromptError
 from dancegrpo.health import use_threads
 from dancegrpo.media import require_numbers, save_image
@@ -24,6 +23,7 @@ from dancegrpo.policies.export import plain
 from dancegrpo.prompts import Prompt, open_prompts
 from dancegrpo.rewards import load_judges
 from dancegrpo.run_folder import RunFolder
+from dancegrpo.sharding import laid_out
 from dancegrpo.statistics import Comparison, Summary, compare, summarize
 from dancegrpo.video import save_clip
 

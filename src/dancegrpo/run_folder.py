@@ -118,7 +118,9 @@ class RunFolder:
             "platform": platform.platform(),
             "python": platform.python_version(),
         }
-        self.write_info(started=started, status="running", machine=machine, derived=dict(derived), **libraries)
+        self.write_info(
+            started=started, status="running", verdict=None, machine=machine, derived=dict(derived), **libraries
+        )
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line, flushed; a number that is not finite becomes null."""

@@ -10,6 +10,7 @@ from typing import Any
 from dancegrpo.algorithms import Algorithm, build_algorithm
 from dancegrpo.checkpoint import (
     Checkpoint,
+    Keep,
     drop_after,
     iterations,
     load_latest,
@@ -18,7 +19,7 @@ from dancegrpo.checkpoint import (
     truncate_metrics,
 )
 from dancegrpo.config import RunConfig
-from dancegrpo.distributed import World, laid_out
+from dancegrpo.distributed import World
 from dancegrpo.errors import CheckpointError
 from dancegrpo.evaluate import best_iteration
 from dancegrpo.health import Decision, Guard
@@ -27,6 +28,7 @@ from dancegrpo.progress import Progress
 from dancegrpo.rewards import Judges
 from dancegrpo.run_folder import RunFolder
 from dancegrpo.saver import Saver
+from dancegrpo.sharding import laid_out
 from dancegrpo.update import Updater
 
 
@@ -75,8 +77,7 @@ class RunState:
         state = {"num_updates": self.updater.num_updates, "algorithm": self.algorithm.state_dict(), "seconds": seconds}
         state["guard"] = self.guard.state_dict()
         tensors = self.updater.state_dict() | {"algorithm": self.algorithm.tensors()}
-        best = self._best(folder, done - 1)
-        self.saver.begin(folder.path, Checkpoint(done, tensors, state), self.config.checkpoint.keep, best)
+        self.saver.begin(folder.path, Checkpoint(done, tensors, state), self._keep(folder, done, among=done - 1))
 
     def check(self, progress: Progress) -> None:
         """Says once of a save that it failed: the run goes on, and saves again when that is due. Never waits."""
@@ -123,7 +124,11 @@ class RunState:
     def _tidy(self, folder: RunFolder, until: int, among: int) -> None:
         """Removes checkpoints that are not to be kept: as after a save of `until` iterations, best of `among`."""
         if self.world.main:
-            prune(folder.path, until, self.config.checkpoint.keep, self._best(folder, among))
+            prune(folder.path, until, self._keep(folder, until, among))
+
+    def _keep(self, folder: RunFolder, done: int, among: int) -> Keep:
+        refuge = self.guard.refuge(done) if self.guard.active else None
+        return Keep(self.config.checkpoint.keep, self._best(folder, among), refuge)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self.updater.load_state_dict(checkpoint.tensors, checkpoint.state["num_updates"])
@@ -138,7 +143,6 @@ class RunState:
         fresh = load_policy(self.config.model, self.config.rollout, seed=self.config.seed).trainable()
         weights = {name: weight.detach() for name, weight in fresh.items()}
         state = {"weights": weights, "exp_avg": {}, "exp_avg_sq": {}, "step": {}, "ema": weights}
-        self.updater.optimizer.state.clear()
         self.updater.load_state_dict(state, 0)
         unused = build_algorithm(self.config, self.judges, self.world)
         self.algorithm.load_state_dict(unused.state_dict(), unused.tensors())

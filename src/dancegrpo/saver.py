@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dancegrpo.checkpoint import FORMAT, MANIFEST, PIECES, Checkpoint, digest, path_of, prune
-from dancegrpo.distributed import ALONE, World, local, part
+from dancegrpo.checkpoint import FORMAT, MANIFEST, PIECES, Checkpoint, Keep, digest, path_of, prune
+from dancegrpo.distributed import ALONE, World
 from dancegrpo.errors import CheckpointError
 from dancegrpo.files import remove, replace, sync
+from dancegrpo.sharding import local, part
 
 Place = tuple[str, str, tuple[int, ...], tuple[int, ...]]
 """Part of a tensor: kind, name, first index, length by dimension."""
@@ -29,8 +30,7 @@ class Flight:
 
     run_dir: Path
     manifest: dict[str, Any]
-    keep: int
-    best: int | None
+    keep: Keep
     files: Future[dict[str, str]]
 
     @property
@@ -45,13 +45,15 @@ class Flight:
 
     def commit(self, files: Mapping[str, str]) -> None:
         """Makes the checkpoint appear, once all files are there; then removes what is no longer to be kept."""
+        if missing := [name for name in files if not (self.partial / name).is_file()]:
+            raise OSError(f"{missing[0]} is not there: all processes must see the same run folder")
         manifest = self.partial / MANIFEST
         manifest.write_text(json.dumps(self.manifest | {"sha256": dict(files)}, indent=1), encoding="utf-8")
         sync(manifest)
         sync(self.partial)
         replace(self.partial, self.target)
         sync(self.target.parent)
-        prune(self.run_dir, self.manifest["iteration"], self.keep, self.best)
+        prune(self.run_dir, self.manifest["iteration"], self.keep)
 
 
 class Saver:
@@ -76,8 +78,8 @@ class Saver:
         self._places: list[Place] = []
         self._mine: list[Place] = []
 
-    def begin(self, run_dir: Path, checkpoint: Checkpoint, keep: int, best: int | None = None) -> None:
-        """Starts to save; waits for the save before it. keep, best: what is left of older ones, as in `prune`.
+    def begin(self, run_dir: Path, checkpoint: Checkpoint, keep: Keep) -> None:
+        """Starts to save; waits for the save before it. keep: what is left of older ones.
 
         A checkpoint that is saved already is not saved again.
         """
@@ -87,7 +89,7 @@ class Saver:
         state = json.loads(json.dumps(checkpoint.state))  # a copy: the run goes on changing it
         manifest = {"format": FORMAT, "iteration": checkpoint.iteration, "state": state}
         files: Future[dict[str, str]] = Future()
-        flight, self.failure = Flight(run_dir, manifest, keep, best, files), None
+        flight, self.failure = Flight(run_dir, manifest, keep, files), None
         if problem := self.world.from_main(_attempt(lambda: _prepare(flight.partial)) if self.world.main else None):
             self._fail(flight, problem)
             return

@@ -66,6 +66,8 @@ class RunResult:
     """Iterations finished in all."""
     main: bool = True
     """False on those of several processes that leave writing and printing to the first."""
+    verdict: str | None = None
+    """Why health ended the run before its last iteration (see `docs/health.md`)."""
 
 
 def train(
@@ -101,7 +103,7 @@ def train(
         settings = config if isinstance(config, RunConfig) and not overrides else load_config(config, overrides)
         settings = with_rewards(settings, rewards)
     with started(settings.parallel) as world, memory_explained(settings, world.place):
-        judges = {name: find_judge(name, r, rewards) for name, r in settings.rewards.items()}
+        judges = {name: find_judge(name, r, rewards, world) for name, r in settings.rewards.items()}
         trainer = Trainer(settings, judges, world)
         again = folder is not None
         if folder is None:
@@ -155,7 +157,6 @@ class Trainer:
             self.policy.keep_reference()
         self.policy.shard(world)
         self.monitor, self.guard = Monitor(config.model_dump(mode="json")), Guard(config.health)
-        self.rounding = log_prob_rounding(config, self.policy.dynamics)
         self.updater = Updater(self.policy, config, world, self.guard)
         self.plan = RunPlan(config, self.policy, self.algorithm)
         self.plan.derived()  # what cannot be is refused before there is a folder
@@ -165,6 +166,7 @@ class Trainer:
         """Iterations done when this process took the run up."""
         self._row: dict[str, Any] = {}
         """Metrics that are not yet written."""
+        self._verdict: str | None = None
         if world.size > 1:
             parts = getattr(self.policy.pipeline, "components", {}).values()
             world.place.follow({id(part): part for part in (self.policy.module, *parts)}.values())
@@ -207,7 +209,7 @@ class Trainer:
             report = write_report(folder.path) if self.world.main else folder.path / FILE_NAME
             self.world.barrier()
             progress.message(f"{status} after {done} iterations")
-        return RunResult(folder.path, report, done, self.world.main)
+        return RunResult(folder.path, report, done, self.world.main, self._verdict)
 
     def _loop(
         self, folder: RunFolder, start: int, progress: Progress, tracker: Tracker, stopped: threading.Event
@@ -239,10 +241,10 @@ class Trainer:
             trouble = self._tell(folder, metrics, done, progress, tracker)
             if decision.action == "roll back":
                 self.state.roll_back(folder, done, self._seconds(), decision, progress)
-            elif decision.action == "stop":
-                self._save(folder, done)
+            elif decision.action == "stop":  # with the last good weights: they are what is exported
+                self.state.roll_back(folder, done, self._seconds(), decision, progress)
                 folder.write_info(verdict=decision.reason)
-                progress.message(decision.reason)
+                self._verdict = decision.reason
                 self._heard(stopped, trouble)
                 break
             asked = self._heard(stopped, trouble)
@@ -328,7 +330,8 @@ class Trainer:
         done, seconds, rows = self.state.restore(folder, progress)
         for row in rows:
             progress.iteration(row)
-            self.monitor.see(row)
+            if self.config.health.watch != "none":
+                self.monitor.see(row)
         return done, seconds
 
     def _seconds(self) -> float:
@@ -364,7 +367,7 @@ class Trainer:
             **reward_metrics(learning.scores, learning.advantage, group),
             **looks.gathered(self.world).metrics(group, learning.advantage),
             **metrics,
-            "train/log_prob_rounding": self.rounding,
+            "train/log_prob_rounding": log_prob_rounding(self.config, policy.dynamics, iteration),
             **self.guard.metrics(),
             **clock.metrics(),
             "memory/peak_mb": peak_memory_mb(policy.device),

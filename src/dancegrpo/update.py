@@ -10,11 +10,12 @@ from torch import Tensor
 
 from dancegrpo.algorithms import Learning, Part
 from dancegrpo.config import RunConfig
-from dancegrpo.distributed import ALONE, InParts, World, first_element, laid_out, local, whole
+from dancegrpo.distributed import ALONE, World
 from dancegrpo.errors import OutOfMemoryError
 from dancegrpo.faults import MicroBatchSize, free_memory, is_out_of_memory, memory_advice
 from dancegrpo.health.guard import Guard
 from dancegrpo.policies.base import Policy
+from dancegrpo.sharding import InParts, first_element, laid_out, local, whole
 
 
 class Updater:
@@ -172,6 +173,7 @@ class Updater:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor | InParts]], num_updates: int) -> None:
         """Restores `state_dict` in place, on any number of ranks."""
+        self.optimizer.state.clear()  # weights that had no moments then have none
         for name, parameter in self.parameters.items():
             parameter.copy_(laid_out(state["weights"][name], parameter))
             if name in state["step"]:

@@ -205,7 +205,7 @@ class Watchdog:
 
     def _beats(self, now: float) -> dict[int, dict[str, Any]]:
         """The others' last beats, of those that are not through; notes when each came."""
-        beats = {}
+        beats: dict[int, dict[str, Any]] = {}
         if not self.launch.client.check(self._keys):  # not all have begun
             return beats
         for rank, value in zip(self._others, self.launch.client.multi_get(self._keys), strict=True):

@@ -98,7 +98,8 @@ class Learning:
         for choice in (mine & (self.bucket == bucket), mine, torch.ones_like(mine)):  # the last: all have all pairs
             if choice.any():
                 break
-        return choice.nonzero()[:1].unbind(1)
+        sample, slot = choice.nonzero()[:1].unbind(1)
+        return sample, slot
 
     def before_step(self, index: int) -> None:
         """The gradients of part `index` are there; its optimizer step follows."""

@@ -14,12 +14,13 @@ from dancegrpo.algorithms.baseline import GroupBaseline
 from dancegrpo.algorithms.forward import draw_steps, forward_noise
 from dancegrpo.algorithms.work import work_list
 from dancegrpo.config import RunConfig
-from dancegrpo.distributed import ALONE, World, laid_out
+from dancegrpo.distributed import ALONE, World
 from dancegrpo.objectives import nft_loss, optimality
 from dancegrpo.policies.base import Condition, Policy
 from dancegrpo.prompts import Prompt
 from dancegrpo.rewards.base import Scores
 from dancegrpo.sampling import OnBatch, Trajectory, rollout
+from dancegrpo.sharding import laid_out
 
 _DEFAULT_BOUND = 5.0
 

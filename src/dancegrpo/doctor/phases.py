@@ -162,7 +162,7 @@ class Iteration:
 
     def micro_batches(self, learning: Learning, part: Part, size: int) -> list[tuple[Tensor, Tensor, float]]:
         """(sample, slot, scale) of every micro-batch of an optimizer step."""
-        return [(sample, slot, part.scale) for sample, slot, _ in learning.micro_batches(part, size)]
+        return [(batch.sample, batch.slot, part.scale) for batch in learning.micro_batches(part, size)]
 
     def backward(self, learning: Learning, micro_batch: tuple[Tensor, Tensor, float]) -> None:
         """One micro-batch's forward and backward pass."""

@@ -84,6 +84,10 @@ class Guard:
         told = f"the learning rate is now {self.rate:.3g} of what was asked for ({self.rollbacks} of at most "
         return Decision("roll back", until, f"{reason}; {told}{self.config.max_rollbacks} rollbacks)")
 
+    def refuge(self, done: int) -> int:
+        """The newest state, in iterations done, that would still count as good if a collapse showed after `done`."""
+        return max(0, done - 2 * WINDOW, self._returned)
+
     def metrics(self) -> dict[str, float]:
         """For the iteration's line; the monitor reads the rollbacks there."""
         return {"health/rollbacks": self.rollbacks, "health/rate": self.rate}
@@ -119,7 +123,7 @@ class Guard:
         fatal = next((alarm for alarm in alarms if alarm.name in FATAL), None)
         if fatal is not None:
             # It shows in the mean of a window: what broke the weights happened before it, or early in it.
-            return f"{fatal.name}: {fatal.text}", max(0, iteration + 1 - 2 * WINDOW)
+            return f"{fatal.name}: {fatal.text}", self.refuge(iteration + 1)
         if self.skipped < self.config.max_skips:
             return "", 0
         size = f"up to {self._largest:.3g}" if math.isfinite(self._largest) else "not finite"

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dancegrpo.distributed import World, laid_out, local, shard, sharded, split_sequences
+from dancegrpo.distributed import World
 from dancegrpo.errors import CheckpointError, ConfigError
 from dancegrpo.files import write_atomically
 from dancegrpo.noise import key
@@ -30,6 +30,7 @@ from dancegrpo.prompts import Prompt
 from dancegrpo.sde import Dynamics
 from dancegrpo.settings import LoraConfig as LoraSettings
 from dancegrpo.settings import ModelConfig, RolloutConfig
+from dancegrpo.sharding import laid_out, local, shard, sharded, split_sequences
 
 OPTIONAL_SETTINGS = ("num_frames", "max_sequence_length", "true_cfg_scale", "guidance_scale_2", "prompt_template")
 """Settings of a model that only some families read; a family names its own in `settings`."""
