@@ -119,6 +119,24 @@ def test_held_out_scores_come_back_in_the_prompts_order(results, name: str, layo
         assert two[column] == [None if v is None else pytest.approx(v, abs=1e-3) for v in values]
 
 
+def test_weights_that_stay_gathered_and_bfloat16_change_rounding_alone(tmp_path: Path) -> None:
+    """Neither setting of resharding touches a result; in bfloat16 the masters stay float32."""
+    short = [*COMMON, "iterations=1", "evaluation.num_prompts=0"]
+    cases = [("kept", "shapes-flux", short), ("half", "shapes-flux", [*short, "model.dtype=bfloat16"])]
+    kept = {"fsdp": 2, "reshard_rollout": False, "reshard_update": False}
+    found = {}
+    for layout, parallel in {"one": {}, "fsdp": kept}.items():
+        launch(tmp_path, layout, {"parallel": parallel, "cases": cases})
+        found[layout] = {c: torch.load(tmp_path / f"{layout}.{c}.pt", weights_only=True) for c in ("kept", "half")}
+    for case, most in (("kept", 1e-3), ("half", 0.2)):  # Adam moves by signs: those of the smallest gradients round
+        one, two = (found[layout][case] for layout in ("one", "fsdp"))
+        assert {weight.dtype for weight in two["weights"].values()} == {torch.float32}
+        change = one["metrics"][-1]["train/weight_change"]
+        norm = sum(float(weight.double().square().sum()) for weight in one["weights"].values())
+        gap = sum(float((w - two["weights"][n]).double().square().sum()) for n, w in one["weights"].items())
+        assert (gap / norm) ** 0.5 <= most * change
+
+
 def test_shares_are_whole_batches_and_cover_every_row_once() -> None:
     for total, size, ranks in [(12, 4, 2), (13, 4, 3), (7, 2, 4), (5, 8, 1)]:
         worlds = [World(rank=rank, size=ranks) for rank in range(ranks)]

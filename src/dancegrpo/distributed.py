@@ -94,6 +94,7 @@ class World:
     """Ranks over which a sample's sequence is split: neighbours, which have one share of the samples together."""
     sequence_mesh: Any = None
     """The device mesh of the sequences, (share, ring, ulysses); None without context parallelism."""
+    settings: ParallelConfig = field(default_factory=ParallelConfig, compare=False)
     place: Place = field(default_factory=Place, compare=False)
     """What this process is doing."""
     launch: Launch | None = field(default=None, compare=False)
@@ -332,7 +333,7 @@ def started(config: ParallelConfig) -> Iterator[World]:
                 # diffusers wants both of its ways to split; ring attention has no CPU path, and is not used.
                 layout = {"share": size // config.context, "ring": 1, "ulysses": config.context}
                 sequences = init_device_mesh(kind, tuple(layout.values()), mesh_dim_names=tuple(layout))
-            meshes: Any = {"mesh": mesh, "sequence_mesh": sequences}
+            meshes: Any = {"mesh": mesh, "sequence_mesh": sequences, "settings": config}
             split: Any = {"fsdp": config.fsdp, "context": config.context}
             yield World(launch.rank, size, **split, **meshes, place=place, launch=launch, watchdog=watchdog)
     finally:

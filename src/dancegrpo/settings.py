@@ -440,6 +440,11 @@ class ParallelConfig(Frozen):
     """Ranks over which the weights are sharded (FSDP2), those of `context` counted in; the others hold copies."""
     context: Positive = 1
     """Ranks that compute one sample together, each a piece of its sequence (Ulysses)."""
+    reshard_rollout: bool = True
+    """While sampling, free the gathered weights of a block after its forward pass. `false` keeps them until the update:
+    one gather per iteration instead of one per step, for the memory of the whole weights beside no activations."""
+    reshard_update: bool = True
+    """In the update, free them after the forward pass and gather them again for the backward pass."""
     timeout: PositiveFloat = 1800.0
     """Seconds that a rank may keep others waiting before it counts as hanging: more than the slowest thing that one
     rank does for itself (a judge's answer, an evaluation, a save). A rank that is gone is noticed much sooner."""

@@ -8,22 +8,27 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dancegrpo.distributed import World
 
 
-def shard(module: Any, world: World) -> None:
+def shard(module: Any, world: World, dtype: torch.dtype = torch.float32) -> None:
     """FSDP2 on a denoiser: its repeated blocks one by one, then what is left.
 
-    Gradients are summed over all ranks, not averaged: the loss of each is already divided by the whole batch's count.
+    dtype: what weights are gathered and computed in; those that the optimizer moves, and the sums of gradients, stay
+    float32. Gradients are summed over all ranks, not averaged: the loss of each is already divided by the whole batch's
+    count.
     """
     mesh = world.mesh if world.size > world.fsdp else world.mesh["fsdp"]
     names = set(getattr(module, "_repeated_blocks", None) or ())
+    # Inputs as they are: autocast knows better which of them to widen.
+    half = None if dtype is torch.float32 else dtype
+    precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [part for part in module.modules() if type(part).__name__ in names]:
-        fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=world.settings.reshard_update)
+    fully_shard(module, mesh=mesh, mp_policy=precision)
     for part in sharded(module):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum

@@ -392,7 +392,7 @@ class Trainer:
                 if config.health.watch != "none":
                     looks.add(media)
 
-            with clock("rollout"):
+            with clock("rollout"), policy.sampling():
                 batch = self.algorithm.collect(policy, condition, iteration, judge)
             if scoring.arrived:
                 with clock("reward"):

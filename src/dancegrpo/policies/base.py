@@ -165,6 +165,10 @@ class Policy(ABC):
                 f"parallel.context={world.context}: the sequences of {type(self).__name__} cannot be split, set it to 1"
             )
 
+    def sampling(self) -> AbstractContextManager[None]:
+        """Around the forward passes of a rollout, which need no gradient: sharded weights may stay gathered in it."""
+        return nullcontext()
+
     def company(self, bucket: int | None) -> AbstractContextManager[None]:
         """Within it every forward pass goes through the network of `bucket`, whatever the step; None = as ever.
 

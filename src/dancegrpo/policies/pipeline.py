@@ -29,7 +29,7 @@ from dancegrpo.policies.quantize import quantize
 from dancegrpo.prompts import Prompt
 from dancegrpo.sde import Dynamics
 from dancegrpo.settings import LoraConfig as LoraSettings
-from dancegrpo.settings import ModelConfig, RolloutConfig
+from dancegrpo.settings import ModelConfig, ParallelConfig, RolloutConfig
 from dancegrpo.sharding import laid_out, local, shard, sharded, split_sequences
 
 OPTIONAL_SETTINGS = ("num_frames", "max_sequence_length", "true_cfg_scale", "guidance_scale_2", "prompt_template")
@@ -79,6 +79,7 @@ class PipelinePolicy(Policy):
         self._at_start = False
         self.context = 1
         """Ranks over which sequences are split."""
+        self._layout: ParallelConfig | None = None
         self._check_settings(model)
         self._check(model, rollout)
         self._freeze()
@@ -347,7 +348,8 @@ class PipelinePolicy(Policy):
                 self._split(module, world)
         if world.fsdp > 1:
             for module in networks:
-                shard(module, world)
+                shard(module, world, self.dtype)
+            self._layout = world.settings
 
     def context_plan(self) -> Mapping[str, Any] | None:
         """What context parallelism splits and gathers in a denoiser, as diffusers writes it; None where nothing can be.
@@ -369,6 +371,22 @@ class PipelinePolicy(Policy):
     def _split(self, network: Any, world: World) -> None:
         """Splits the sequences of one denoiser."""
         split_sequences(network, self.context_plan() or {}, world)
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """See `Policy.sampling`."""
+        if self._layout is None or self._layout.reshard_rollout:
+            yield
+            return
+        blocks = [part for module in self.modules.values() for part in sharded(module)[1:]]
+        for block in blocks:
+            block.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.set_reshard_after_forward(self._layout.reshard_update, recurse=False)
+            self._reshard()
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
