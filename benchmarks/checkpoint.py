@@ -1,11 +1,11 @@
 """What a save costs the loop: `python benchmarks/checkpoint.py shapes-flux --rounds 12`.
 
-In each round, in changing order: an iteration alone, one that begins with a save which the loop does not wait for,
-and one that begins with a save which it waits for. Each save starts with nothing under way. Reported: the medians,
-and the median over rounds of what the iterations with a save take longer than the one alone, as a share of it. On a
-machine that does other things too these shares are noise; `bound` is less so: the seconds for which the loop is held
-up, plus the processor seconds of the writing thread, which on idle cores cost the loop nothing. The exit code is 1
-where an asynchronous save costs more than 5 % of an iteration.
+In each round, in changing order: an iteration alone, one that begins with a save which the loop does not wait for, and
+one that begins with a save which it waits for. Each save starts with nothing under way. Reported: the medians, and the
+median over rounds of what the iterations with a save take longer than the one alone, as a share of it. On a machine
+that does other things too these shares are noise; `bound` is less so: the seconds for which the loop is held up, plus
+the processor seconds of the writing thread, which on idle cores cost the loop nothing. The exit code is 1 where an
+asynchronous save costs more than 5 % of an iteration.
 """
 
 from __future__ import annotations

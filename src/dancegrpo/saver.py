@@ -237,4 +237,6 @@ def _attempt(act: Callable[[], object]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    """Never empty: that would say that nothing was wrong."""
+    told = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+    return told or type(error).__name__
