@@ -32,7 +32,8 @@ _MARGIN = 60.0
 _START = 600.0
 """Seconds within which all processes must have started."""
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _meeting(method: Callable[Concatenate[World, P], R]) -> Callable[Concatenate[World, P], R]:

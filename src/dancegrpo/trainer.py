@@ -287,21 +287,18 @@ class Trainer:
     def _rescue(self, folder: RunFolder, error: Exception, progress: Progress) -> None:
         """Saves the last finished iteration before an error ends the run, where the state in memory is still that."""
         done, back = self._whole, f"a resumed run repeats what came after iteration {self._saved}"
-        if done == self._saved:
-            return
         if done is None:
             progress.message(f"the error came in the middle of an update, which is not saved: {back}")
-        elif lost_connection(error) or not self.world.all_reach(f"rescue/{done}"):
+        elif done != self._saved and (lost_connection(error) or not self.world.all_reach(f"rescue/{done}")):
             progress.message(f"nothing can be saved without the other ranks: {back}")
-        else:
+        elif done != self._saved:
             try:
                 if self._row:
                     folder.append_metrics(self._row)
                 self._save(folder, done)
+                progress.message(f"saved after {done} iterations, before the error: nothing is lost")
             except Exception as failure:
                 progress.message(f"{failure}: {back}")
-            else:
-                progress.message(f"saved after {done} iterations, before the error: nothing is lost")
         if self.world.watchdog is not None:
             self.world.watchdog.leaving = True  # what is left to do waits for nobody
 
