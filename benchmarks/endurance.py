@@ -41,9 +41,9 @@ NEVER = 1_000_000
 """Iterations of a run that is to be stopped from outside."""
 PATIENCE = 300.0
 """Longest time in seconds for anything that should happen by itself."""
-EXPECTED = {"kill": (-9,), "kill in a save": (-9, None), "stop request": (0,), "full disk": (2, None)}
-EXPECTED |= {"judge killed": (2, None), "judge stopped": (2, None)}
-"""Exit codes of the trainer after each event; None = it went on."""
+KINDS = ("kill", "kill in a save", "stop request", "full disk", "judge killed", "judge stopped")
+EXPECTED = (None, 0, 2, -signal.SIGKILL)
+"""Exit codes of the trainer: it went on, stopped when asked, ended with one line, was killed."""
 
 
 @dataclass
@@ -126,14 +126,8 @@ class Endurance:
     def disturb(self, minutes: float) -> None:
         """Event after event, each at a random moment, until the time is up and every kind was there."""
         deadline = time.monotonic() + 60 * minutes
-        kinds: dict[str, Callable[[], None]] = {
-            "kill": self.kill,
-            "judge killed": self.kill_judge,
-            "full disk": self.fill_disk,
-            "stop request": self.stop_request,
-            "judge stopped": self.stop_judge,
-            "kill in a save": self.kill_in_save,
-        }
+        means = (self.kill, self.kill_in_save, self.stop_request, self.fill_disk, self.kill_judge, self.stop_judge)
+        kinds: dict[str, Callable[[], None]] = dict(zip(KINDS, means, strict=True))
         order: list[str] = []
         while time.monotonic() < deadline:
             if not order:
@@ -142,6 +136,8 @@ class Endurance:
             if self.random.random() < 0.8:  # else while it still starts
                 self.progress(self.random.randint(1, 8))
             time.sleep(self.random.uniform(0.0, 1.0))
+            if not self.trainer.alive and self.events:  # what came before ended it only now
+                self.settle(self.events[-1].kind)
             kinds[kind]()
             self.settle(kind)
 
@@ -271,7 +267,7 @@ def differences(work: Path, left: Path, right: Path) -> list[str]:
 def summary(events: list[Event]) -> str:
     """Events by kind, what ended and what was lost."""
     lines = [f"{'event':15}  {'times':>5}  {'ended':>5}  {'lost':>4}  {'most':>4}"]
-    for kind in EXPECTED:
+    for kind in KINDS:
         known = [event for event in events if event.kind == kind]
         ended, lost = sum(event.exit is not None for event in known), [event.lost for event in known]
         lines.append(f"{kind:15}  {len(known):5}  {ended:5}  {sum(lost):4}  {max(lost, default=0):4}")
@@ -295,7 +291,7 @@ def main() -> None:
         reference = trial.train(asked.work / "reference", iterations)
         code = reference.process.wait()
         found = [] if code == 0 else [f"the undisturbed run ended with {code}: {reference.told()}"]
-        strange = [e for e in trial.events if e.exit not in (*EXPECTED[e.kind], None) or e.told.startswith("Traceback")]
+        strange = [e for e in trial.events if e.exit not in EXPECTED or e.told.startswith("Traceback")]
         found += [f"{event.kind} ended with {event.exit}: {event.told}" for event in strange]
         found += differences(asked.work, trial.run, asked.work / "reference")
     finally:

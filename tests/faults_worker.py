@@ -23,6 +23,8 @@ def brightness(images, prompts):
         if not met.exists():
             met.write_text(str(os.getpid()))
             meet(fault["kind"])
+    if fault.get("kind") == "die" and now >= fault["iteration"]:
+        raise ConnectionError("the judge is dead")
     return images.mean(dim=(1, 2, 3))
 
 
@@ -55,7 +57,8 @@ def main() -> None:
             return finish(self, scoring)
 
         Judges.finish = failing
-    train(load_config(ASKED["recipe"]), out=ASKED["out"], rewards={"bright": brightness})
+    resume = None if fault.get("kind") else "auto"
+    train(load_config(ASKED["recipe"]), out=ASKED["out"], rewards={"bright": brightness}, resume=resume)
 
 
 if __name__ == "__main__":

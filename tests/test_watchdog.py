@@ -132,9 +132,16 @@ def test_ranks_that_all_stand_still_all_show_their_stacks(ranks, tmp_path, monke
     clock, pair = ranks
     monkeypatch.setattr(time, "monotonic", clock)
     for rank in pair:
-        rank.place.move()
+        rank.place.begin("update", 2)
     pass_time(clock, pair, 100 + 4 * BEAT)
-    assert all("hangs in load" in rank.lines[0] for rank in pair)
+    assert all("hangs in update of iteration 2" in rank.lines[0] for rank in pair)
+
+
+def test_loading_may_take_any_time(ranks, monkeypatch):
+    clock, pair = ranks
+    monkeypatch.setattr(time, "monotonic", clock)
+    pass_time(clock, pair, 1000)
+    assert [rank.lines for rank in pair] == [[], []]
 
 
 def test_an_error_of_one_rank_ends_the_others_a_beat_later(ranks):
@@ -291,3 +298,22 @@ def test_a_lost_rank_ends_all_within_a_minute_and_is_named(recipe, tmp_path, kin
     assert told in text
     if kind in ("stop", "hang"):
         assert "brightness" in (tmp_path / "a" / "run" / "stacks-rank1.txt").read_text()
+
+
+@pytest.mark.slow
+def test_an_error_that_all_ranks_meet_loses_no_iteration(recipe, tmp_path):
+    """The judge dies for both: what came before is saved by both, then the run ends; restarts go on from there."""
+    from test_trainer import metrics
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = launch(tmp_path / "a", recipe)
+    assert whole.wait(300) == 0, whole.stderr.read()[-3000:]
+    died = launch(tmp_path / "b", recipe, kind="die", rank=-1, iteration=3, once=str(tmp_path / "met"))
+    _, told = died.communicate(timeout=300)
+    assert died.returncode != 0
+    assert "dead" in told
+    assert (tmp_path / "b" / "run" / "checkpoints" / "000003").is_dir()
+    again = launch(tmp_path / "b", recipe)  # --resume auto
+    assert again.wait(300) == 0, again.stderr.read()[-3000:]
+    assert metrics(tmp_path / "a" / "run") == metrics(tmp_path / "b" / "run")

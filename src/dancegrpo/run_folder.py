@@ -151,7 +151,8 @@ class RunFolder:
 
 
 def _claim(path: Path) -> Path:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # What a kill left of a file that was never whole does not count.
+    if path.exists() and (not path.is_dir() or any(held.suffix != ".partial" for held in path.iterdir())):
         raise CheckpointError(f"{path} is not an empty folder: name another with --out, or go on with --resume {path}")
     path.mkdir(parents=True, exist_ok=True)
     return path

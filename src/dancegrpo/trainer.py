@@ -292,23 +292,20 @@ class Trainer:
     def _rescue(self, folder: RunFolder, error: Exception, progress: Progress) -> None:
         """Saves the last finished iteration before an error ends the run, where the state in memory is still that."""
         done, kept = self._whole, self.state.saver.saved or self._start
-        if done == kept:
-            return
         back = f"a resumed run repeats what came after iteration {kept}"
         if done is None:
             progress.message(f"the error came in the middle of an update, which is not saved: {back}")
-        elif lost_connection(error) or not self.world.all_reach(f"rescue/{done}"):
+        elif done != kept and (lost_connection(error) or not self.world.all_reach(f"rescue/{done}")):
             progress.message(f"nothing can be saved without the other ranks: {back}")
-        else:
+        elif done != kept:
             try:
                 if self._row:
                     folder.append_metrics(self._row)
                 self._save(folder, done)
                 self.state.finish(folder)
+                progress.message(f"saved after {done} iterations, before the error: nothing is lost")
             except Exception as failure:
                 progress.message(f"{failure}: {back}")
-            else:
-                progress.message(f"saved after {done} iterations, before the error: nothing is lost")
         if self.world.watchdog is not None:
             self.world.watchdog.leaving = True  # what is left to do waits for nobody
 

@@ -50,6 +50,11 @@ class Place:
         """The innermost phase."""
         return self._phases[-1]
 
+    @property
+    def idle(self) -> float:
+        """Seconds without a sign; none while it loads, which may mean a download of any length."""
+        return 0.0 if self.phase == "load" else time.monotonic() - self.moved
+
     def __str__(self) -> str:
         return self.phase if self.iteration is None else f"{self.phase} of iteration {self.iteration}"
 
@@ -169,7 +174,7 @@ class Watchdog:
             self._heard = now
         except Exception:  # whatever the store's trouble: only that it lasts matters
             beats, said = {}, None
-            if now - self._heard > LOST:
+            if now - self._heard > LOST and not self.leaving:
                 self._finish(f"the store of the launch has been silent for {now - self._heard:.0f} s")
             return
         if not self.leaving:
@@ -194,7 +199,7 @@ class Watchdog:
             "count": self._count,
             "where": str(place),
             "waiting": None if place.waiting is None else now - place.waiting,
-            "idle": now - place.moved,
+            "idle": place.idle,
             "host": _machine(),
             "pid": os.getpid(),
             "left": left,
@@ -240,7 +245,7 @@ class Watchdog:
         waits = {rank: beat["waiting"] for rank, beat in beats.items()}
         idle = {rank: beat["idle"] for rank, beat in beats.items()}
         waits[self.launch.rank] = None if place.waiting is None else clock - place.waiting
-        idle[self.launch.rank] = clock - place.moved
+        idle[self.launch.rank] = place.idle
         longest = max((wait for wait in waits.values() if wait is not None), default=0.0)
         if max(longest, min(idle.values())) <= self.timeout:
             self._strikes = 0
