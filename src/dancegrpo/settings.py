@@ -419,6 +419,9 @@ class ParallelConfig(Frozen):
     """Ranks over which the weights are sharded (FSDP2); the others hold copies."""
     timeout: PositiveFloat = 600.0
     """Seconds after which a rank that waits for another gives up."""
+    reduce: Literal["once", "each"] = "once"
+    """With fsdp, when gradients are summed over the ranks: `once` per optimizer step, until when each rank holds them
+    whole, or after `each` micro-batch, as shards: less memory, more traffic."""
 
 
 class EvaluationConfig(Frozen):

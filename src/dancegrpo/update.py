@@ -70,9 +70,10 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.policy.device)
         batches = list(learning.micro_batches(part, self.config.update.micro_batch_size))
+        each = self.config.parallel.reduce == "each"
         for index, (sample, slot, counts) in enumerate(batches):
             learning.silent = not counts
-            with self.policy.accumulating(last=index + 1 == len(batches)):
+            with self.policy.accumulating(last=each or index + 1 == len(batches)):
                 total += self._backward(learning, sample, slot, part.scale if counts else 0.0)
         learning.silent = False
         self.world.sum_gradients(list(self.parameters.values()))
