@@ -13,6 +13,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dancegrpo.config import RunConfig, load_config
 from dancegrpo.doctor import Plan, diagnose
 from dancegrpo.memory import TensorBytes
 from dancegrpo.rewards import load_reward
+from dancegrpo.rewards.scoring import Scoring
 from dancegrpo.trainer import Trainer
 
 RECIPES = ("shapes-flux", "shapes-sd", "shapes-video", "shapes-i2v", "shapes-t2i")
@@ -45,9 +47,14 @@ def measure(config: RunConfig) -> tuple[dict[str, int], dict[str, float]]:
     gc.collect()
     seconds = {k.removeprefix("seconds/"): v for k, v in trainer.iterate(1).items() if k.startswith("seconds/")}
     gc.collect()
+    return peaks(trainer), seconds
+
+
+def peaks(trainer: Trainer) -> dict[str, int]:
+    """Peak bytes by phase of one more iteration."""
     cuda = trainer.policy.device.type == "cuda"
-    peaks: dict[str, int] = {}
-    with TensorBytes(held(trainer)) as tracker:
+    found: dict[str, int] = {}
+    with TensorBytes(held(trainer)) as tracker, ExitStack() as restored:
 
         def taken() -> int:
             if not cuda:
@@ -56,42 +63,45 @@ def measure(config: RunConfig) -> tuple[dict[str, int], dict[str, float]]:
             torch.cuda.reset_peak_memory_stats()
             return peak
 
-        def around(owner: Any, name: str, phase: str, before: str) -> None:
+        def around(owner: Any, name: str, phase: str, before: str = "rollout") -> None:
             plain: Callable[..., Any] = getattr(owner, name)
 
             def called(*args: Any, **kwargs: Any) -> Any:
-                peaks[before] = max(peaks.get(before, 0), taken())
+                found[before] = max(found.get(before, 0), taken())
                 try:
                     return plain(*args, **kwargs)
                 finally:
-                    peaks[phase] = max(peaks.get(phase, 0), taken())
+                    found[phase] = max(found.get(phase, 0), taken())
 
             setattr(owner, name, called)
+            restored.callback(setattr, owner, name, plain)
 
         around(trainer.encoder, "encode", "encode", "encode")
-        around(trainer.policy, "decode", "decode", "rollout")
-        around(trainer.updater, "update", "update", "rollout")
+        around(trainer.policy, "decode", "decode")
+        around(Scoring, "add", "score")
+        around(Scoring, "result", "score")
+        around(trainer.updater, "update", "update")
         taken()
         trainer.iterate(2)
-    return peaks, seconds
+    return found
 
 
 def compare(recipe: str, overrides: list[str], calibration: float) -> dict[str, Any]:
     config = load_config(recipe, [*OWN, *overrides])
-    peaks, seconds = measure(config)
+    measured, seconds = measure(config)
     found = diagnose(config, plan=Plan(calibration=calibration))
     told = {phase["name"]: phase for phase in found.phases}
     rows = {}
-    for phase in ("encode", "rollout", "decode", "update"):
-        clock = seconds.get(phase)
+    for phase in ("encode", "rollout", "decode", "score", "update"):
+        clock = seconds.get("reward" if phase == "score" else phase)
         rows[phase] = {
-            "peak": peaks.get(phase),
+            "peak": measured.get(phase),
             "predicted_peak": told[phase]["peak_bytes"],
             "seconds": clock,
             "predicted_seconds": told[phase]["seconds"],
         }
     rows["iteration"] = {
-        "peak": max(peaks.values()),
+        "peak": max(measured.values()),
         "predicted_peak": max(row["predicted_peak"] for row in rows.values()),
         "seconds": seconds["total"],
         "predicted_seconds": found.iteration_seconds,
@@ -102,20 +112,21 @@ def compare(recipe: str, overrides: list[str], calibration: float) -> dict[str, 
 def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['recipe']}:",
-        "| phase | MB | predicted | off | s | predicted | off |",
+        "| phase | MB | predicted | ratio | s | predicted | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for phase, row in result["phases"].items():
-        cells = [f"{row['peak'] / 1e6:.1f}", f"{row['predicted_peak'] / 1e6:.1f}", off(row, "peak")]
+        sizes = [row["peak"] or 0, row["predicted_peak"]]
+        cells = [*(f"{size / 1e6:.1f}" for size in sizes), ratio(row, "peak")]
         clock = [row["seconds"], row["predicted_seconds"]]
         cells += ["-" if value is None else f"{value:.2f}" for value in clock]
-        lines.append(f"| {phase} | {' | '.join(cells)} | {off(row, 'seconds')} |")
+        lines.append(f"| {phase} | {' | '.join(cells)} | {ratio(row, 'seconds')} |")
     return "\n".join(lines)
 
 
-def off(row: dict[str, Any], name: str) -> str:
+def ratio(row: dict[str, Any], name: str) -> str:
     true, told = row[name], row[f"predicted_{name}"]
-    return "-" if not true or told is None else f"{told / true - 1:+.0%}"
+    return "-" if not true or told is None else f"{told / true:.2f}"
 
 
 def holds(result: dict[str, Any]) -> bool:

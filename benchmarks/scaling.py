@@ -29,10 +29,11 @@ def rows(recipe: str, overrides: list[str], gpus: list[int], fsdp: int) -> list[
     found = []
     predictor = Predictor(architecture(load_config(recipe).model), torch.device("cuda"))
     for count in gpus:
-        # A batch for every GPU: what is drawn does not depend on it.
+        # Batches that every GPU has as many of: what is drawn does not depend on their size.
         config = load_config(recipe, [*overrides, f"parallel.fsdp={min(fsdp, count)}"])
         total = config.prompts.per_iteration * config.rollout.group_size
-        batch = min(config.rollout.batch_size, max(1, total // count))
+        share = max(1, total // count)
+        batch = max(size for size in range(1, config.rollout.batch_size + 1) if share % size == 0)
         predictor.gpus = count
         told = predictor(load_config(config, [f"rollout.batch_size={batch}"]))
         found.append(

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "dpok": ("shapes-flux", ["algorithm.name=dpok"]),
     "dpo": ("shapes-flux", ["algorithm.name=dpo", "update.updates_per_rollout=1"]),
     "nft": ("shapes-flux", ["algorithm.name=nft"]),
+    "each": ("shapes-flux", ["parallel.reduce=each"]),
 }
 
 

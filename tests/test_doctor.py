@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,7 @@ from dancegrpo.doctor.seconds import Seconds, by_operations, run_seconds
 from dancegrpo.doctor.text import as_table
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.memory import TensorBytes
+from dancegrpo.policies import load_policy
 from dancegrpo.recipes import recipe_names
 from dancegrpo.rewards import FunctionReward
 from dancegrpo.trainer import Trainer
@@ -101,6 +104,7 @@ def test_peaks_of_every_miniature_recipe(recipe: str) -> None:
     check_peaks(recipe, overrides, Predictor(architecture(load_config(recipe).model), torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_peaks_of_a_unet_are_those_of_a_real_iteration() -> None:
     check_peaks("shapes-sd", TINY, Predictor(architecture(load_config("shapes-sd").model), torch.device("cpu")))
 
@@ -114,9 +118,43 @@ def check_peaks(recipe: str, overrides: list[str], predictor: Predictor) -> None
         assert told.peak[phase] == pytest.approx(true[phase], rel=0.15), phase
 
 
-def test_every_shipped_recipe_has_sizes_without_a_network() -> None:
-    for name in recipe_names():
-        assert architecture(load_config(name).model).parts["vae"] is not None, name
+def recipes() -> list[Any]:
+    """All that ship; the large models' take most of a minute each."""
+    return [
+        name if name.startswith("shapes-") else pytest.param(name, marks=pytest.mark.slow) for name in recipe_names()
+    ]
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_shipped_recipe_is_predicted_without_a_network(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    started = time.process_time()
+    found = diagnose(recipe, plan=Plan(memory=1000, tflops=100))
+    assert [phase["name"] for phase in found.phases] == list(PHASES)
+    assert found.fits
+    assert found.run_seconds is not None
+    assert found.run_seconds > 0
+    assert time.process_time() - started < 120
+
+
+def test_a_base_in_8_bits_is_predicted_as_it_is_stored(flux: Predictor) -> None:
+    config = load_config("shapes-flux", ["model.lora={rank: 4}", "model.quantize=int8"])
+    policy: Any = load_policy(config.model, config.rollout)
+    told = flux(config)
+    for name in ("transformer", "text_encoder_2"):
+        part = getattr(policy.pipeline, name)
+        assert told.resident[name] == sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
+
+
+@pytest.mark.slow
+def test_the_recipe_for_24_gb_fits_them() -> None:
+    told = Predictor(architecture(load_config("flux-hps-24gb").model), torch.device("cuda"))(
+        load_config("flux-hps-24gb")
+    )
+    assert total(told) <= 22.5e9  # what CUDA and an allocator's fragments take is not in it
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,15 @@ def test_traffic_is_that_of_the_collectives(flux: Predictor) -> None:
     assert layer.lora is None
 
 
+def test_gradients_summed_after_each_micro_batch_are_never_whole(flux: Predictor) -> None:
+    config = load_config("shapes-flux", [*TINY, "parallel.fsdp=4"])
+    flux.gpus = 4
+    once, each = flux(config), flux(load_config(config, ["parallel.reduce=each"]))
+    whole = 4 * once.parameters["transformer"]
+    assert whole * 0.5 < once.peak["update"] - each.peak["update"] < whole  # but for two blocks at a time
+    assert each.traffic["gradients"] == 2 * once.traffic["gradients"]
+
+
 @pytest.mark.parametrize(("gpus", "fsdp", "times"), [(1, 1, 0.0), (8, 1, 1.75), (8, 8, 0.875), (16, 8, 1.0)])
 def test_sums_of_gradients_are_rings(gpus: int, fsdp: int, times: float) -> None:
     # 16 over 8: 7/8 in the reduce-scatter; between two copies of an eighth, half of it twice.

@@ -445,6 +445,9 @@ class ParallelConfig(Frozen):
     one gather per iteration instead of one per step, for the memory of the whole weights beside no activations."""
     reshard_update: bool = True
     """In the update, free them after the forward pass and gather them again for the backward pass."""
+    reduce: Literal["once", "each"] = "once"
+    """With fsdp, when gradients are summed over the ranks: `once` per optimizer step, until when each rank holds them
+    whole, or after `each` micro-batch, as shards: less memory, more traffic."""
     timeout: PositiveFloat = 1800.0
     """Seconds that a rank may keep others waiting before it counts as hanging: more than the slowest thing that one
     rank does for itself (a judge's answer, an evaluation, a save). A rank that is gone is noticed much sooner."""

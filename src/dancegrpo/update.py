@@ -112,10 +112,11 @@ class Updater:
 
     def _passes(self, part: Part, learning: Learning, size: int) -> Tensor:
         total = torch.zeros((), device=self.policy.device)
+        each = self.config.parallel.reduce == "each"
         for batch in learning.micro_batches(part, size):
             learning.silent = not batch.counts
             with (
-                self.policy.accumulating(last=batch.last),  # of its bucket: another may be another network's
+                self.policy.accumulating(last=each or batch.last),  # of its bucket: another may be another network's
                 self.policy.company(None if batch.counts else batch.bucket),
             ):
                 total += self._backward(learning, batch.sample, batch.slot, part.scale if batch.counts else 0.0)

@@ -84,17 +84,19 @@ def _changes(config: RunConfig, device: str, phase: str, gpus: int) -> Iterator[
 def _same_results(config: RunConfig, device: str, phase: str, gpus: int) -> Iterator[tuple[str, str]]:
     """Those that leave a run's results as they are, to rounding."""
     model, micro, batch = config.model, config.update.micro_batch_size, config.rollout.batch_size
+    if 2 * config.parallel.fsdp <= gpus and gpus % (2 * config.parallel.fsdp) == 0:
+        yield f"parallel.fsdp={2 * config.parallel.fsdp}", "gathers of weights between the GPUs"
     if device != "cpu" and not model.offload:
         yield "model.offload=true", "copies of the encoders and the decoder when they work"
     if device != "cpu" and config.rollout.store == "device" and phase in ("rollout", "decode", "score", "update"):
         yield "rollout.store=host", "copies over the bus"
     if phase == "update" and not model.gradient_checkpointing:
         yield "model.gradient_checkpointing=true", "about a third more time in the update"
+    if phase == "update" and config.parallel.fsdp > 1 and config.parallel.reduce == "once":
+        yield "parallel.reduce=each", "sums of gradients after every micro-batch"
     if phase == "update" and micro > 1:
         yield f"update.micro_batch_size={micro // 2}", "some speed on a large device; the same gradient"
     if phase == "decode" and not model.vae_slicing:
         yield "model.vae_slicing=true", "some time"
     if phase in ("rollout", "decode", "score") and batch > 1:
         yield f"rollout.batch_size={batch // 2}", "some speed on a large device; the same samples to rounding"
-    if 2 * config.parallel.fsdp <= gpus and gpus % (2 * config.parallel.fsdp) == 0:
-        yield f"parallel.fsdp={2 * config.parallel.fsdp}", "gathers of weights between the GPUs"

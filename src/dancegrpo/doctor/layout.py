@@ -106,8 +106,8 @@ def shard_bytes(tensor: Tensor, ranks: int) -> int:
 def gradient_bytes(parameters: Iterable[Tensor], networks: Iterable[nn.Module], fsdp: int, micro_batches: int) -> int:
     """Gradients on one GPU: its shards, and those that are still whole.
 
-    micro_batches: of an optimizer step on this GPU. Of several, the gradients are added up whole, and summed over the
-    ranks with the last one; of a single one, block by block.
+    micro_batches: after which they are summed over the ranks. Gradients of several are added up whole; those of a
+    single one go block by block.
     """
     trained = list(parameters)
     if fsdp == 1:

@@ -83,7 +83,8 @@ def _shared(iteration: Iteration, phase: str, needed: Work) -> int:
     if phase != "update":
         return gathered
     trained = iteration.updater.parameters.values()
-    return gathered + gradient_bytes(trained, policy.modules.values(), fsdp, needed.micro_batches)
+    whole = needed.micro_batches if iteration.config.parallel.reduce == "once" else 1
+    return gathered + gradient_bytes(trained, policy.modules.values(), fsdp, whole)
 
 
 def _checkpoint(iteration: Iteration) -> int:

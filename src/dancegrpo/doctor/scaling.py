@@ -24,7 +24,8 @@ def traffic(iteration: Iteration, work: dict[str, Work], judges: int) -> dict[st
     gradients = sum(parameter.nbytes for parameter in iteration.updater.parameters.values())
     forwards = sum(phase.calls * phase.times for phase in work.values())
     backwards = update.backwards * update.times
-    steps = config.update.updates_per_rollout
+    each = layout.fsdp > 1 and config.parallel.reduce == "each"
+    steps = update.times if each else config.update.updates_per_rollout
     rows = iteration.total * (judges * _VERDICT + iteration.plan.trained.shape[1] * _STEP)
     context = layout.context
     attended = sum(phase.attended * phase.times for phase in work.values())
