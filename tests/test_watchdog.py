@@ -280,7 +280,8 @@ def test_torchrun_starts_a_killed_run_again_and_it_goes_on(recipe, tmp_path, at)
     ],
 )
 def test_a_lost_rank_ends_all_within_a_minute_and_is_named(recipe, tmp_path, kind, told):
-    recipe["parallel"] = {"timeout": 20}
+    patience = 30 if kind == "hang" else 1800
+    recipe["parallel"] = {"timeout": patience}
     (tmp_path / "a").mkdir()
     process = launch(tmp_path / "a", recipe, kind=kind, rank=1, iteration=1, once=str(tmp_path / "met"))
     try:
@@ -288,8 +289,8 @@ def test_a_lost_rank_ends_all_within_a_minute_and_is_named(recipe, tmp_path, kin
             assert process.poll() is None, process.stderr.read()[-3000:]
             time.sleep(0.1)
         since = time.monotonic()
-        _, text = process.communicate(timeout=100)
-        assert time.monotonic() - since < 60
+        _, text = process.communicate(timeout=120)
+        assert time.monotonic() - since < 60 + patience * (kind == "hang")
     finally:
         if (tmp_path / "met").is_file():
             with contextlib.suppress(ProcessLookupError):

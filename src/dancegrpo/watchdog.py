@@ -202,6 +202,7 @@ class Watchdog:
             "idle": place.idle,
             "host": _machine(),
             "pid": os.getpid(),
+            "born": _born(os.getpid()),
             "left": left,
         }
         store, rank = self.launch.client, self.launch.rank
@@ -235,6 +236,9 @@ class Watchdog:
                 with suppress(OSError):
                     file.write_text(f"{text}\n{stack}", encoding="utf-8")
             sys.stderr.write(f"the last stack of rank {rank}, innermost frame last:\n{stack}")
+        if beat["host"] == _machine() and _lives(beat):  # stopped, it would not hear torchrun, which waits long for it
+            with suppress(OSError):
+                os.kill(beat["pid"], signal.SIGKILL)
         self._finish(text)
 
     def _judge_hanging(self, now: float, beats: Mapping[int, dict[str, Any]]) -> None:
@@ -317,19 +321,21 @@ def _machine() -> str:
     return socket.gethostname()
 
 
+def _born(pid: int) -> str | None:
+    """When a living process of this machine began, in the kernel's own ticks; None where there is none, or no telling.
+
+    One that is dead, and whose parent has not asked yet, is not living.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else fields[19]
+
+
 def _lives(beat: Mapping[str, Any]) -> bool:
     """False where the process of a beat ran on this machine and does no more."""
-    if beat["host"] != _machine():
-        return True
-    try:
-        os.kill(beat["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    with suppress(OSError, IndexError):  # dead, and its parent has not asked yet
-        return Path(f"/proc/{beat['pid']}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return True
+    return beat["host"] != _machine() or beat["born"] is None or _born(beat["pid"]) == beat["born"]
 
 
 def lost_connection(error: BaseException) -> bool:
