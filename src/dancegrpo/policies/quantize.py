@@ -23,7 +23,7 @@ class Int8Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, *, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod
     @torch.no_grad()
