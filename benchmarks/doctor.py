@@ -21,6 +21,7 @@ import torch
 
 from dancegrpo.config import RunConfig, load_config
 from dancegrpo.doctor import Plan, diagnose
+from dancegrpo.health import Looks
 from dancegrpo.memory import TensorBytes
 from dancegrpo.rewards import load_reward
 from dancegrpo.rewards.scoring import Scoring
@@ -80,6 +81,7 @@ def peaks(trainer: Trainer) -> dict[str, int]:
         around(trainer.policy, "decode", "decode")
         around(Scoring, "add", "score")
         around(Scoring, "result", "score")
+        around(Looks, "add", "score")
         around(trainer.updater, "update", "update")
         taken()
         trainer.iterate(2)

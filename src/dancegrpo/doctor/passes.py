@@ -18,6 +18,7 @@ from dancegrpo.doctor.counting import KINDS, Counter
 from dancegrpo.doctor.judges import JudgeNetwork
 from dancegrpo.doctor.phases import Iteration, resident
 from dancegrpo.doctor.pretend import autocast_of
+from dancegrpo.health import Looks
 from dancegrpo.policies import Condition
 from dancegrpo.prompts import Prompt
 
@@ -101,7 +102,7 @@ class Passes:
         return nothing | found
 
     def _score(self, media: Tensor, held: int) -> Work:
-        """All judges on as much as one asks for at once; per iteration as often as its samples need."""
+        """All judges on as much as one asks for at once, as often as its samples need; then what watches pictures."""
         samples, peak, flops = self.iteration.samples, 0, dict.fromkeys(KINDS, 0)
         for judge in self.judges.values():
             size = min(judge.batch or samples, samples)
@@ -112,6 +113,10 @@ class Passes:
             peak = max(peak, counter.grown + judge.activation_bytes)
             for kind, count in counter.flops.items():
                 flops[kind] += int(count * samples / size)
+        if self.config.health.watch != "none":
+            with self._count([media]) as counter:
+                Looks().add(media)
+            peak = max(peak, counter.grown)
         return Work(held + self._waiting(media) + media.nbytes, peak, flops, 1)
 
     def update(self) -> dict[str, Work]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dancegrpo.algorithms import ReFL
 from dancegrpo.config import RunConfig
@@ -39,7 +39,8 @@ def assembled(
             peak[phase] += _shared(iteration, phase, needed) - hosted
     saved = _checkpoint(iteration)
     staged = -(-saved // iteration.layout.gpus)  # each GPU copies and writes its part of a checkpoint
-    host = _host(iteration, sum(sizes.values()), sum(lent.values()), hosted, staged) if apart else {}
+    loaded = sum(_as_published(part, policy.dtype) for part in networks.values())
+    host = _host(iteration, loaded, sum(lent.values()), hosted, staged) if apart else {}
     if not apart:
         peak["save"] += staged
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in networks.items()}
@@ -99,6 +100,12 @@ def _host(iteration: Iteration, loaded: int, lent: int, hosted: int, staged: int
     starts = iteration.total * 4 * torch.Size(iteration.policy.latent_shape).numel()
     extra = {"rollout": hosted + starts, "decode": hosted + starts, "score": hosted + starts, "update": hosted}
     return {phase: max(loaded, lent) if phase == "load" else lent + staged + extra.get(phase, 0) for phase in PHASES}
+
+
+def _as_published(network: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a network as it is read, before its layers are stored in 8 bits."""
+    tensors = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}.values()
+    return sum(t.numel() * dtype.itemsize if t.dtype == torch.int8 else t.nbytes for t in tensors)
 
 
 def _users(iteration: Iteration) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from dancegrpo.config import RunConfig
 from dancegrpo.doctor.calibrate import Speed
 from dancegrpo.doctor.phases import Iteration, start_optimizer, timed
 from dancegrpo.doctor.predict import Prediction
-from dancegrpo.health import use_threads
+from dancegrpo.health import Looks, use_threads
 from dancegrpo.policies import load_policy
 from dancegrpo.prompts import open_prompts
 from dancegrpo.rewards import CATALOG, Judges, load_reward
@@ -69,7 +69,7 @@ def by_trial(config: RunConfig, prediction: Prediction, speed: Speed) -> Seconds
     times = {phase: prediction.work[phase].times for phase in _ASKED if phase in prediction.work}
     phases: dict[str, float | None] = {p: spent[p] * n for p, n in times.items() if p in spent and p != "score"}
     if "score" in spent:
-        phases["score"] = spent["score"] * iteration.samples / iteration.batch
+        phases["score"] = (spent["score"] + spent.get("watch", 0.0)) * iteration.samples / iteration.batch
     phases |= {"load": spent["load"], "save": prediction.checkpoint_bytes / speed.disk}
     return Seconds(phases, measured=True)
 
@@ -108,6 +108,9 @@ def _once(iteration: Iteration, panel: Judges, prompts: Any, spent: dict[str, fl
                 asked = [prompts[i % count] for i in range(len(media))]
                 with timed(spent, "score", device), torch.no_grad():
                     panel.score(media, asked)
+                if config.health.watch != "none":
+                    with timed(spent, "watch", device):
+                        Looks().add(media)
             x0 = iteration.make(iteration.samples, *iteration.policy.latent_shape)
         learning = iteration.learning(condition, kept, x0)
         size = config.update.micro_batch_size
