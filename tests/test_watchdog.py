@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dancegrpo.errors import RankError
 from dancegrpo.launch import Launch, agreed_token
-from dancegrpo.watchdog import BEAT, LOST, Place, Watchdog, lost_connection
+from dancegrpo.watchdog import BEAT, LOST, Place, Watchdog, _born, lost_connection
 
 
 class Rank:
@@ -74,6 +74,19 @@ def test_a_silent_rank_is_named_with_its_phase_and_stack(ranks, tmp_path, capsys
     stack = (tmp_path / "stacks-rank1.txt").read_text()
     assert "in test_a_silent_rank_is_named_with_its_phase_and_stack" in stack
     assert stack.splitlines()[-1].strip() in capsys.readouterr().err
+
+
+def test_a_stopped_process_of_this_machine_is_ended(ranks):
+    clock, (first, second) = ranks
+    process = subprocess.Popen(["sleep", "1000"])
+    process.send_signal(signal.SIGSTOP)
+    key = second.dog.launch.key("beat/1")
+    beat = json.loads(second.dog.launch.client.get(key)) | {"pid": process.pid, "born": _born(process.pid)}
+    second.dog.launch.client.set(key, json.dumps(beat))
+    pass_time(clock, [first], LOST)
+    assert process.poll() is None
+    pass_time(clock, [first], 2 * BEAT)
+    assert process.wait(10) == -signal.SIGKILL
 
 
 def test_a_rank_that_was_stopped_itself_blames_nobody(ranks):

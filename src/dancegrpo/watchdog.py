@@ -236,9 +236,9 @@ class Watchdog:
                 with suppress(OSError):
                     file.write_text(f"{text}\n{stack}", encoding="utf-8")
             sys.stderr.write(f"the last stack of rank {rank}, innermost frame last:\n{stack}")
-        if beat["host"] == _machine() and _lives(beat):  # stopped, it would not hear torchrun, which waits long for it
+        if beat["host"] == _machine() and _lives(beat) and beat["pid"] != os.getpid():
             with suppress(OSError):
-                os.kill(beat["pid"], signal.SIGKILL)
+                os.kill(beat["pid"], signal.SIGKILL)  # stopped, it would not hear torchrun, which waits long for it
         self._finish(text)
 
     def _judge_hanging(self, now: float, beats: Mapping[int, dict[str, Any]]) -> None:
