@@ -205,7 +205,7 @@ def test_a_panel_that_asks_nobody_keeps_its_names_and_weights() -> None:
 
 
 def refused(message: str, degree: int, path: Path, **model: Any) -> None:
-    policy = load_policy(ModelConfig(path=str(path), **model), RolloutConfig(num_steps=2))
+    policy = load_policy(ModelConfig(path=str(path), **model), RolloutConfig(num_steps=4))
     with pytest.raises(ConfigError, match=message) as caught:
         policy.shard(World(rank=0, size=degree, context=degree))
     assert "\n" not in str(caught.value)

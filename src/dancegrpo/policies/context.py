@@ -48,6 +48,8 @@ def require_split(
 def filled(states: Tensor, mask: Tensor, degree: int) -> tuple[Tensor, Tensor]:
     """states (B, L, D), mask (B, L) -> both as long as the next multiple of degree; what is added is masked."""
     lacking = -states.shape[1] % degree
+    if not lacking:
+        return states, mask
     return pad(states, (0, 0, 0, lacking)), pad(mask, (0, lacking))
 
 
