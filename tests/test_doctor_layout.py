@@ -67,6 +67,12 @@ def test_sharded_blocks_are_gathered_two_at_a_time_and_the_rest_is_whole() -> No
     told = sharded([Network()], 4)
     assert told.own == 5 * 3 * 4 * 4 + 1 * 4 * 4  # ceil(10 / 4) rows of a block, ceil(3 / 4) of the rest
     assert told.gathered == 2 * 10 * 4 * 4 + 3 * 4 * 4
+    assert told.whole == (5 * 10 + 3) * 4 * 4
+
+
+def test_weights_are_gathered_in_the_runs_dtype_and_kept_in_their_own() -> None:
+    full, half = sharded([Network()], 4), sharded([Network()], 4, torch.bfloat16)
+    assert (half.own, half.gathered, half.whole) == (full.own, full.gathered // 2, full.whole // 2)
 
 
 def test_gradients_of_several_micro_batches_are_added_up_whole() -> None:

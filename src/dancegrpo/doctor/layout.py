@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dancegrpo.config import RunConfig
@@ -68,26 +69,35 @@ class Sharded:
 
     own: int
     gathered: int
+    whole: int
+    """All of them at once: what is gathered where blocks are not resharded after their forward pass."""
 
 
-def sharded(networks: Iterable[nn.Module], fsdp: int) -> Sharded:
-    """Denoisers as FSDP2 lays them out: repeated blocks one by one, and what is left of each network.
+def gathered_bytes(parameter: Tensor, dtype: torch.dtype) -> int:
+    """Of a weight as FSDP2 gathers it: in the run's `dtype` where that is the smaller one."""
+    size = parameter.element_size()
+    return parameter.numel() * (min(size, dtype.itemsize) if parameter.is_floating_point() else size)
+
+
+def sharded(networks: Iterable[nn.Module], fsdp: int, dtype: torch.dtype = torch.float32) -> Sharded:
+    """Denoisers as FSDP2 lays them out: repeated blocks one by one, and what is left of each network. dtype: the run's.
 
     What is left is gathered with the first forward pass and stays whole until the next backward pass ends. Buffers are
     not sharded.
     """
-    own = gathered = 0
+    own = gathered = whole = 0
     for network in networks:
         inner: set[int] = set()
         largest = 0
         for block in repeated_blocks(network):
             parameters = list(block.parameters())
             inner |= {id(parameter) for parameter in parameters}
-            largest = max(largest, sum(parameter.nbytes for parameter in parameters))
-        left = sum(p.nbytes for p in network.parameters() if id(p) not in inner)
+            largest = max(largest, sum(gathered_bytes(parameter, dtype) for parameter in parameters))
+        left = sum(gathered_bytes(p, dtype) for p in network.parameters() if id(p) not in inner)
         own += sum(shard_bytes(p, fsdp) for p in network.parameters()) + sum(b.nbytes for b in network.buffers())
         gathered += 0 if fsdp == 1 else left + PREFETCHED * largest
-    return Sharded(own, gathered)
+        whole += 0 if fsdp == 1 else sum(gathered_bytes(p, dtype) for p in network.parameters())
+    return Sharded(own, gathered, whole)
 
 
 def repeated_blocks(network: Any) -> list[nn.Module]:

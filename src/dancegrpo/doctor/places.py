@@ -80,11 +80,13 @@ def _shared(iteration: Iteration, phase: str, needed: Work) -> int:
     """What a phase needs beside its own tensors: gradients in the update, and of sharded weights what is gathered."""
     policy, fsdp = iteration.policy, iteration.layout.fsdp
     networks = [*policy.modules.values(), *policy._references.values()]
-    gathered = sharded(networks, fsdp).gathered if fsdp > 1 else 0
+    parallel, lying = iteration.config.parallel, sharded(networks, fsdp, policy.dtype)
+    resharded = {"rollout": parallel.reshard_rollout, "update": parallel.reshard_update}.get(phase, True)
+    gathered = lying.gathered if resharded else lying.whole
     if phase != "update":
         return gathered
     trained = iteration.updater.parameters.values()
-    whole = needed.micro_batches if iteration.config.parallel.reduce == "once" else 1
+    whole = needed.micro_batches if parallel.reduce == "once" else 1
     return gathered + gradient_bytes(trained, policy.modules.values(), fsdp, whole)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dancegrpo.doctor.layout import gathered_bytes
 from dancegrpo.doctor.phases import Iteration
 
 if TYPE_CHECKING:
@@ -20,10 +21,13 @@ def traffic(iteration: Iteration, work: dict[str, Work], judges: int) -> dict[st
     """Bytes of one iteration that one GPU receives, by `TRAFFIC`."""
     layout, config, update = iteration.layout, iteration.config, work["update"]
     modules = list(iteration.policy.modules.values())
-    weights = sum(parameter.nbytes for module in modules for parameter in module.parameters()) // len(modules)
+    stored = (gathered_bytes(p, iteration.policy.dtype) for module in modules for p in module.parameters())
+    weights = sum(stored) // len(modules)
     gradients = sum(parameter.nbytes for parameter in iteration.updater.parameters.values())
-    forwards = sum(phase.calls * phase.times for phase in work.values())
-    backwards = update.backwards * update.times
+    drawn = sum(phase.calls * phase.times for name, phase in work.items() if name != "update")
+    # What stays gathered while sampling is gathered once, with the first forward pass.
+    forwards = update.calls * update.times + (drawn if config.parallel.reshard_rollout else min(drawn, 1))
+    backwards = update.backwards * update.times if config.parallel.reshard_update else 0
     each = layout.fsdp > 1 and config.parallel.reduce == "each"
     steps = update.times if each else config.update.updates_per_rollout
     rows = iteration.total * (judges * _VERDICT + iteration.plan.trained.shape[1] * _STEP)
