@@ -43,7 +43,7 @@ def broken(self, *_):
 
 
 def main() -> None:
-    from dancegrpo import load_config, train
+    from dancegrpo.cli import main as command
     from dancegrpo.rewards.panel import Judges
 
     fault = ASKED["fault"]
@@ -57,8 +57,10 @@ def main() -> None:
             return finish(self, scoring)
 
         Judges.finish = failing
-    resume = None if fault.get("kind") else "auto"
-    train(load_config(ASKED["recipe"]), out=ASKED["out"], rewards={"bright": brightness}, resume=resume)
+    sys.modules["faults_worker"] = sys.modules["__main__"]  # where the recipe finds its judge
+    resume = [] if fault.get("kind") else ["--resume", "auto"]
+    sys.argv = ["dancegrpo", "train", ASKED["recipe"], "--out", ASKED["out"], *resume]
+    command()
 
 
 if __name__ == "__main__":

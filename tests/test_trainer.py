@@ -72,7 +72,7 @@ def test_a_run_leaves_everything_in_its_folder(settings):
     assert [row["iteration"] for row in metrics(run)] == [0, 1, 2, 3]
     assert load_config(run / "config.yaml") == load_config(settings)
     assert sorted(p.name for p in (run / "evaluations").iterdir()) == ["000000.json", "000002.json", "000004.json"]
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["000003", "000004"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["000001", "000003", "000004"]
     assert (run / "samples" / "000004" / "grid.png").is_file()
     assert "<html" in (run / "report.html").read_text()
     assert RunFolder(run).info()["status"] == "finished"
@@ -137,6 +137,7 @@ def test_the_best_by_its_held_out_score_is_kept(settings, monkeypatch, best, lef
     monkeypatch.setattr(evaluate, "evaluate", scored)
     settings["evaluation"]["every"] = 1
     settings["checkpoint"] = {"every": 0, "keep": 1, "best": best}
+    settings["health"] = {"watch": "alarms"}  # which keeps none to go back to
     run = train(load_config(settings)).run_dir
     assert kept(run) == left
     assert load_trained(str(run)).iteration == 4

@@ -147,7 +147,7 @@ class Watchdog:
 
     def blame(self, error: BaseException) -> str:
         """Who it was that made a message to another rank fail: one line, within a few beats."""
-        self._blaming, deadline = True, self.clock() + 3 * BEAT + 2
+        self._blaming, self.leaving, deadline = True, False, self.clock() + 4 * BEAT
         while not self._verdict and self.clock() < deadline:
             time.sleep(0.1)
         self.leaving = True

@@ -110,7 +110,7 @@ def _examine(found: Diagnosis, config: RunConfig, plan: Plan) -> None:
     except ModelError as error:
         found.notes.append(f"no prediction: {error}")
         return
-    found.notes.append(f"sizes from {sizes.source}")
+    found.notes.append(f"sizes: {sizes.source}")
     with quiet():
         predictor = Predictor(sizes, device, plan.gpus)
         prediction = predictor(config)

@@ -55,7 +55,7 @@ def architecture(model: ModelConfig) -> Architecture:
     for told in _shipped().values():
         if name in told["names"]:
             parts = {part: _part(entry) for part, entry in told["parts"].items()}
-            return Architecture(told["pipeline"], parts, told.get("options", {}), f"shipped sizes of {told['title']}")
+            return Architecture(told["pipeline"], parts, told.get("options", {}), f"those shipped of {told['title']}")
     known = ", ".join(told["title"] for told in _shipped().values())
     raise ModelError(
         f"model.path={model.path} is not here, and its sizes are not among those shipped ({known}): download it first"
@@ -118,7 +118,7 @@ def shipped_architecture(name: str) -> Architecture:
     """One of `shipped_names`."""
     told = _shipped()[name]
     parts = {part: _part(entry) for part, entry in told["parts"].items()}
-    return Architecture(told["pipeline"], parts, told.get("options", {}), f"shipped sizes of {told['title']}")
+    return Architecture(told["pipeline"], parts, told.get("options", {}), f"those shipped of {told['title']}")
 
 
 @cache
