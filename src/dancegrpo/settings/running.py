@@ -49,8 +49,8 @@ class CheckpointConfig(Frozen):
     every: Count = 10
     """Iterations between checkpoints; 0 = only after the last."""
     keep: Positive = 2
-    """The newest checkpoints that are kept; with `health.watch=rollback` beside those, one or two, that a run may have to
-    go back to."""
+    """The newest checkpoints that are kept; with `health.watch=rollback` one or two older ones beside them, that a run
+    may have to go back to."""
     best: bool = True
     """Also saves at every evaluation, and keeps the checkpoint that was measured best on held-out prompts."""
 
