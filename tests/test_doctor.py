@@ -195,6 +195,14 @@ def test_a_model_of_unknown_sizes_is_one_line() -> None:
 # ------------------------------------------------------------------------------------------------- counting, pretending
 
 
+def test_sequences_that_cannot_be_split_are_refused_as_the_run_would(flux: Predictor) -> None:
+    config = load_config("shapes-flux", [*TINY, "parallel.context=7"])
+    flux.gpus = 7
+    with pytest.raises(ConfigError, match=r"parallel\.context=7 does not divide"):
+        flux(config)
+    flux.gpus = 1
+
+
 def test_products_are_counted_as_two_operations_each_and_twice_again_backwards() -> None:
     pretender = Pretender()
     layer: Any = pretender.dress(torch.nn.Linear(6, 10, bias=False, device="meta"))

@@ -69,6 +69,8 @@ class Predictor:
         """The prediction for a recipe. Raises ConfigError and ModelError for settings that the model cannot run."""
         layout = layout_of(config, self.gpus)
         pretender, policy = self._policy(config)
+        if layout.context > 1:
+            policy.require_context(layout.context)  # what the run would refuse
         judges = {name: judge_network(name, judge, pretender, self.device) for name, judge in config.rewards.items()}
         iteration = self._iteration(config, pretender, policy, judges, layout)
         work = self._work(config, iteration, judges)

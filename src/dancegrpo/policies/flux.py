@@ -57,8 +57,9 @@ class FluxPolicy(FlowPolicy):
         """See `PipelinePolicy.token_grid`."""
         return self._grid(2 * self.pipeline.vae_scale_factor)
 
-    def _require_context(self, degree: int) -> None:
-        super()._require_context(degree)
+    def require_context(self, degree: int) -> None:
+        """See `PipelinePolicy.require_context`; the text is split as well."""
+        super().require_context(degree)
         if self.max_sequence_length % degree:
             near = max(1, round(self.max_sequence_length / degree)) * degree
             raise ConfigError(

@@ -342,7 +342,7 @@ class PipelinePolicy(Policy):
         """See `Policy.shard`: FSDP2, and Ulysses, on every denoiser and on the references kept."""
         networks = (*self.modules.values(), *self._references.values())
         if world.context > 1:
-            self._require_context(world.context)
+            self.require_context(world.context)
             self.context = world.context
             for module in networks:
                 self._split(module, world)
@@ -363,7 +363,7 @@ class PipelinePolicy(Policy):
         """(frames, rows, columns) or (rows, columns) of the tokens that a sample's latents become in the denoiser."""
         return ()
 
-    def _require_context(self, degree: int) -> None:
+    def require_context(self, degree: int) -> None:
         """Raises ConfigError where the sequences or the heads cannot be split over `degree` ranks evenly."""
         family, plan = type(self.pipeline).__name__, self.context_plan()
         require_split(family, self.module, self.model, plan, self.token_grid, degree)
