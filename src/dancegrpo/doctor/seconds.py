@@ -73,7 +73,7 @@ def by_trial(config: RunConfig, prediction: Prediction, disk: float, budget: flo
     layout, work = prediction.layout, prediction.work
     batches = layout.samples(iteration.total, config.rollout.batch_size) / max(1, iteration.batch)
     updates = config.update.updates_per_rollout
-    told = {
+    told: dict[str, float | None] = {
         "encode": spent["encode"] * work["encode"].times,
         # The pictures are watched within the rollout's clock.
         "rollout": (spent["rollout"] + spent["watch"]) * batches / layout.context,
