@@ -32,6 +32,7 @@ def meet(kind: str) -> None:
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "stop":
+        time.sleep(6)  # a beat: what is known of a stopped rank is as old as its last one
         os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "hang":
         time.sleep(1000)

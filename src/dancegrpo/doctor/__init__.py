@@ -165,17 +165,17 @@ def _device(config: RunConfig, found: Diagnosis, memory: float | None) -> tuple[
 def _seconds(
     found: Diagnosis, config: RunConfig, plan: Plan, predictor: Predictor, prediction: Prediction
 ) -> Seconds | None:
+    from dancegrpo.doctor.calibrate import write_rate
     from dancegrpo.doctor.seconds import by_operations, by_trial, is_small, run_seconds
 
     if plan.memory is not None and plan.tflops is None:
         found.notes.append("no seconds for a planned device: give --tflops")
         return None
-    speed = _speed(config, predictor, plan)
     if plan.tflops is None and is_small(prediction) and predictor.architecture.folder is not None:
-        seconds = by_trial(config, prediction, speed)
-        found.notes.append("seconds of networks timed here, one repetition of each phase")
+        seconds = by_trial(config, prediction, write_rate(Path(config.output)), plan.calibration)
+        found.notes.append("seconds: the networks were timed here, a batch of each phase")
     else:
-        seconds = by_operations(prediction, speed, LOAD_RATE)
+        seconds = by_operations(prediction, _speed(config, predictor, plan), LOAD_RATE)
         found.notes.append("seconds are operations over the speed reached: passes over elements are not in them")
     found.iteration_seconds = seconds.iteration
     told = run_seconds(config, seconds, prediction)

@@ -34,7 +34,7 @@ def calibrate(device: torch.device, dtype: torch.dtype, folder: Path, budget: fl
     """Times a matrix product, a convolution and attention, forwards, and a file in `folder`; `budget` in seconds."""
     share = budget / (len(KINDS) + 1)
     flops = {kind: _rate(*_work(kind, device, dtype), device, share) for kind in KINDS}
-    return Speed(flops, _write_rate(folder))
+    return Speed(flops, write_rate(folder))
 
 
 def _work(kind: str, device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
@@ -75,7 +75,7 @@ def _drain(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _write_rate(folder: Path, size: int = 16_000_000) -> float:
+def write_rate(folder: Path, size: int = 16_000_000) -> float:
     """Bytes per second to the disk of `folder`, or of the nearest folder above that is there."""
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent

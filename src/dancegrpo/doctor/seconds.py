@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +52,14 @@ def is_small(prediction: Prediction) -> bool:
     return sum(prediction.parameters.values()) <= SMALL
 
 
-def by_trial(config: RunConfig, prediction: Prediction, speed: Speed) -> Seconds:
-    """One repetition of each phase on the real networks, scaled by how often each comes."""
+def by_trial(config: RunConfig, prediction: Prediction, disk: float, budget: float) -> Seconds:
+    """Repetitions of each phase on the real networks for about `budget` seconds, scaled by how often each comes.
+
+    disk: bytes per second at which a checkpoint is written.
+    """
     use_threads(config.threads)
-    spent: dict[str, float] = {}
-    with timed(spent, "load", torch.device("cpu")):
+    loading: list[float] = []
+    with timed(loading, torch.device("cpu")):
         policy: Any = load_policy(config.model, config.rollout, seed=config.seed)
     prompts = open_prompts(config.prompts.train, **config.prompts.reading())
     judges = {
@@ -65,13 +69,19 @@ def by_trial(config: RunConfig, prediction: Prediction, speed: Speed) -> Seconds
     }
     panel = Judges(judges, {name: config.rewards[name].weight for name in judges}).to(policy.device)
     iteration = _real_iteration(config, policy, panel)
-    _once(iteration, panel, prompts, spent)
-    times = {phase: prediction.work[phase].times for phase in _ASKED if phase in prediction.work}
-    phases: dict[str, float | None] = {p: spent[p] * n for p, n in times.items() if p in spent and p != "score"}
-    if "score" in spent:
-        phases["score"] = (spent["score"] + spent.get("watch", 0.0)) * iteration.samples / iteration.batch
-    phases |= {"load": spent["load"], "save": prediction.checkpoint_bytes / speed.disk}
-    return Seconds(phases, measured=True)
+    spent = _repeated(iteration, panel, prompts, budget)
+    layout, work = prediction.layout, prediction.work
+    batches = layout.samples(iteration.total, config.rollout.batch_size) / max(1, iteration.batch)
+    updates = config.update.updates_per_rollout
+    told: dict[str, float | None] = {
+        "encode": spent["encode"] * work["encode"].times,
+        # The pictures are watched within the rollout's clock.
+        "rollout": (spent["rollout"] + spent["watch"]) * batches / layout.context,
+        "decode": spent["decode"] * batches,
+        "score": spent["score"] * batches,
+        "update": spent["update"] * work["update"].times / layout.context + spent["step"] * updates,
+    }
+    return Seconds(told | {"load": loading[0], "save": prediction.checkpoint_bytes / disk}, measured=True)
 
 
 def _real_iteration(config: RunConfig, policy: Any, panel: Judges) -> Iteration:
@@ -89,34 +99,55 @@ def _real_iteration(config: RunConfig, policy: Any, panel: Judges) -> Iteration:
     return Iteration(config, policy, algorithm, updater, make)
 
 
-def _once(iteration: Iteration, panel: Judges, prompts: Any, spent: dict[str, float]) -> None:
-    """Every phase twice: the first time chooses kernels and fills caches."""
+def _repeated(iteration: Iteration, panel: Judges, prompts: Any, budget: float) -> dict[str, float]:
+    """Mean seconds of one repetition of what an iteration is made of; 0 for what this algorithm does not do.
+
+    A first repetition, which chooses kernels and fills caches, counts only where there is no time for another.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in ("encode", "rollout", "decode", "score", "watch")}
+    spent |= {"update": [], "step": []}
+    started = time.perf_counter()
+    for done in range(1, _REPETITIONS + 1):
+        _once(iteration, panel, prompts, spent)
+        if (time.perf_counter() - started) * (done + 1) / done > budget:
+            break
+        if done == 1:
+            spent = {name: [] for name in spent}
+    return {name: sum(seconds) / len(seconds) if seconds else 0.0 for name, seconds in spent.items()}
+
+
+_REPETITIONS = 20
+
+
+def _once(iteration: Iteration, panel: Judges, prompts: Any, spent: dict[str, list[float]]) -> None:
+    """One prompt, one batch and one micro-batch through everything, and an optimizer step."""
     config, device = iteration.config, iteration.policy.device
     count = min(len(prompts), config.prompts.per_iteration)
     kept = None if config.offline else iteration.kept(iteration.samples)
     x0: Tensor | None = None
-    for _ in range(2):
-        with timed(spent, "encode", device):
-            one = iteration.encode(prompts[0])
-        condition = iteration.conditions(one)
-        if kept is not None:
-            with timed(spent, "rollout", device):
-                x = iteration.steps(condition, kept, [1])
-            if not isinstance(iteration.algorithm, ReFL):
-                with timed(spent, "decode", device):
-                    media = iteration.decode(x, condition).clamp(0, 1)
-                asked = [prompts[i % count] for i in range(len(media))]
-                with timed(spent, "score", device), torch.no_grad():
-                    panel.score(media, asked)
-                if config.health.watch != "none":
-                    with timed(spent, "watch", device):
-                        Looks().add(media)
-            x0 = iteration.make(iteration.samples, *iteration.policy.latent_shape)
-        learning = iteration.learning(condition, kept, x0)
-        size = config.update.micro_batch_size
-        batches = [batch for part in learning.parts for batch in iteration.micro_batches(learning, part, size)]
-        with timed(spent, "update", device):
-            iteration.backward(learning, max(batches, key=lambda batch: len(batch[0])))
+    with timed(spent["encode"], device):
+        one = iteration.encode(prompts[0])
+    condition = iteration.conditions(one)
+    if kept is not None:
+        with timed(spent["rollout"], device):
+            x = iteration.steps(condition, kept, list(range(config.rollout.num_steps)))
+        if not isinstance(iteration.algorithm, ReFL):
+            with timed(spent["decode"], device):
+                media = iteration.decode(x, condition).clamp(0, 1)
+            asked = [prompts[i % count] for i in range(len(media))]
+            with timed(spent["score"], device), torch.no_grad():
+                panel.score(media, asked)
+            if config.health.watch != "none":
+                with timed(spent["watch"], device):
+                    Looks().add(media)
+        x0 = iteration.make(iteration.samples, *iteration.policy.latent_shape)
+    learning = iteration.learning(condition, kept, x0)
+    size = config.update.micro_batch_size
+    batches = [batch for part in learning.parts for batch in iteration.micro_batches(learning, part, size)]
+    with timed(spent["update"], device):
+        iteration.backward(learning, max(batches, key=lambda batch: len(batch[0])))
+    with timed(spent["step"], device):
+        iteration.updater._step()
 
 
 def run_seconds(config: RunConfig, seconds: Seconds, prediction: Prediction) -> float | None:
