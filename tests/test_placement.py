@@ -17,7 +17,7 @@ from dancegrpo.prompts import Prompt
 from dancegrpo.rewards import Judges, Scores, load_placed, load_reward
 from dancegrpo.rewards.compose import OnDevice
 from dancegrpo.rewards.scoring import runs_elsewhere
-from dancegrpo.run_checks import require_batches
+from dancegrpo.run_checks import require_judges
 from dancegrpo.run_settings import find_judge, resumed_config
 from dancegrpo.settings import RewardConfig
 from placement_worker import PLACES
@@ -159,7 +159,7 @@ def test_a_device_is_not_for_a_judge_that_runs_elsewhere() -> None:
 def test_refl_asks_its_judges_on_every_rank() -> None:
     config = load_config("sd14-refl", ["rewards.imagereward.ranks=main", "prompts.train=shapes:train"])
     with pytest.raises(ConfigError, match=r"rewards\.imagereward\.ranks=main does not go with algorithm\.name=refl"):
-        require_batches(config, World())
+        require_judges(config, World())
 
 
 def test_a_resumed_run_may_have_its_judges_elsewhere(tmp_path: Path) -> None:

@@ -80,8 +80,10 @@ def train(
     told["iterations"] = result.iterations
     told["verdict"] = result.verdict
     _print(told, f"run:    {result.run_dir}\nreport: {result.report}", as_json)
-    if result.verdict is not None:  # for whoever started it: to go on as it is would end like this again
-        raise typer.Exit(1)
+    if result.verdict is not None:
+        print(f"dancegrpo: {result.verdict}", file=sys.stderr)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun would start again what is to end
+            raise typer.Exit(1)
 
 
 @app.command(

@@ -132,6 +132,11 @@ class World:
         return self.fsdp > 1
 
     @property
+    def together(self) -> bool:
+        """Whether ranks exchange messages in the middle of a forward pass: what one alone gives up, all must."""
+        return self.joint or self.context > 1
+
+    @property
     def with_main(self) -> bool:
         """Whether the main process makes its forward passes with this one: one of them, or both."""
         return self.joint or self.share == 0
@@ -219,10 +224,15 @@ class World:
             if self.rank == source == owner:
                 told = answer(request)
             elif self.rank == source:
-                _send(request, owner)
-                told = _receive(owner)
+                with self.place.meeting():
+                    _send(request, owner)
+                    told = _receive(owner)
             elif self.rank == owner:
-                _send(answer(_receive(source)), source)
+                with self.place.meeting():
+                    asked = _receive(source)
+                given = answer(asked)
+                with self.place.meeting():
+                    _send(given, source)
         return told
 
     @_meeting

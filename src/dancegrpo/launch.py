@@ -65,12 +65,15 @@ class Launch:
 
     def all_reach(self, place: str, seconds: float) -> bool:
         """Whether every process calls this with the same `place` within so many seconds. No collective."""
-        self.client.set(self.key(f"{place}/{self.rank}"), "1")
         keys, deadline = [self.key(f"{place}/{rank}") for rank in range(self.size)], time.monotonic() + seconds
-        while not self.client.check(keys):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_PAUSE)
+        try:
+            self.client.set(keys[self.rank], "1")
+            while not self.client.check(keys):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_PAUSE)
+        except dist.DistError:  # the store is gone, and with it whoever kept it
+            return False
         return True
 
 

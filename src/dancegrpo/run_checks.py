@@ -21,6 +21,10 @@ def require_batches(config: RunConfig, world: World) -> None:
             f"{total} samples in batches of rollout.batch_size={size} are too few for {ranks} {who}: lower it to "
             f"{max(1, total // ranks)}, or start fewer processes"
         )
+
+
+def require_judges(config: RunConfig, world: World) -> None:
+    """Raises ConfigError for judges that cannot be where they are to be; before any is loaded."""
     if config.algorithm.name == "refl":
         placed = [name for name, reward in config.rewards.items() if reward.ranks != "all"]
         if placed:
@@ -29,9 +33,9 @@ def require_batches(config: RunConfig, world: World) -> None:
                 "algorithm.name=refl, which asks judges on every rank while it learns: set it to all"
             )
     people = [name for name, reward in config.rewards.items() if reward.judge == "human"]
-    if world.shares > 1 and people:
+    if world.size > 1 and people:
         raise ConfigError(
-            f"rewards.{people[0]}.judge=human would open a page on each of {world.shares} processes: serve it "
+            f"rewards.{people[0]}.judge=human would open a page on each of {world.size} processes: serve it "
             "with `dancegrpo serve-reward human` and take judge=service"
         )
 

@@ -42,7 +42,7 @@ from dancegrpo.progress import Progress
 from dancegrpo.prompts import Prompt, open_prompts
 from dancegrpo.report import FILE_NAME, write_report
 from dancegrpo.rewards import Judges, Reward, Scores
-from dancegrpo.run_checks import refuse_idle_negative, require_batches, require_images
+from dancegrpo.run_checks import refuse_idle_negative, require_batches, require_images, require_judges
 from dancegrpo.run_folder import RunFolder
 from dancegrpo.run_plan import RunPlan
 from dancegrpo.run_settings import find_judge, own_folder, resumed_config, with_rewards
@@ -54,6 +54,10 @@ from dancegrpo.watchdog import lost_connection
 
 _calls = itertools.count()
 """Of `train` in this process: a script that torchrun starts again makes them in the same order."""
+
+
+_A_DAY = 86400.0
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,19 @@ def train(
         settings = config if isinstance(config, RunConfig) and not overrides else load_config(config, overrides)
         settings = with_rewards(settings, rewards)
     with started(settings.parallel) as world, memory_explained(settings, world.place):
+        require_judges(settings, world)
         judges = {name: find_judge(name, r, rewards, world) for name, r in settings.rewards.items()}
         trainer = Trainer(settings, judges, world)
+        world.all_reach("loaded", seconds=_A_DAY)  # no message: those have a time limit, which a download has not
         again = folder is not None
         if folder is None:
             path = Path(out) if out is not None else None
             found = own_folder(settings, path, world, call, auto=resume is not None) if world.main else None
             place, again = world.from_main(found)
             folder = RunFolder(Path(place))
+            verdict = world.from_main(folder.info().get("verdict") if again else None)
+            if verdict is not None:  # started again by a scheduler: it would only end like this once more
+                return RunResult(folder.path, folder.path / FILE_NAME, 0, world.main, verdict)
         if world.watchdog is not None:
             world.watchdog.folder = folder.path
         if not world.main:
@@ -239,10 +248,11 @@ class Trainer:
             self.state.check(progress)
             self._whole, self._row = done, metrics
             trouble = self._tell(folder, metrics, done, progress, tracker)
-            if decision.action == "roll back":
+            if decision.action != "go on":
+                self._whole = None  # an error on the way back leaves neither these weights nor those
                 self.state.roll_back(folder, done, self._seconds(), decision, progress)
-            elif decision.action == "stop":  # with the last good weights: they are what is exported
-                self.state.roll_back(folder, done, self._seconds(), decision, progress)
+                self._whole = done
+            if decision.action == "stop":  # with the last good weights: they are what is exported
                 folder.write_info(verdict=decision.reason)
                 self._verdict = decision.reason
                 self._heard(stopped, trouble)
@@ -291,6 +301,8 @@ class Trainer:
 
     def _rescue(self, folder: RunFolder, error: Exception, progress: Progress) -> None:
         """Saves the last finished iteration before an error ends the run, where the state in memory is still that."""
+        if self.world.size == 1:
+            self.state.saver.wait()  # one that was under way counts
         done, kept = self._whole, self.state.saver.saved or self._start
         back = f"a resumed run repeats what came after iteration {kept}"
         if done is None:
@@ -315,7 +327,7 @@ class Trainer:
 
         def record(changes: Sequence[Sequence[int]]) -> None:
             # Sharded ranks end where memory runs out: whichever it happens to records it.
-            replace(folder, writes=main or self.world.joint).write_info(micro_batch_sizes=changes)
+            replace(folder, writes=main or self.world.together).write_info(micro_batch_sizes=changes)
             iteration, _, size = changes[-1]
             progress.message(f"out of memory in the update of iteration {iteration}: micro-batches of {size} from here")
 

@@ -77,9 +77,9 @@ class Updater:
         where that does not help, or cannot be: the others of sharded ranks are in the middle of a forward pass.
         """
         world, step = self.world, (self.world.place.iteration or 0, index)
-        size, items = self.micro_batch.at(*step), -(-len(part.sample) // world.shares)
+        size, items = self.micro_batch.at(*step), int(learning.owner[part.sample].bincount().max())
         total, short = self._tried(part, learning, size)
-        if world.joint or world.context > 1:
+        if world.together:
             if short and min(size, items) > 1:
                 self.micro_batch.halve(*step, items)  # for a restart
         elif world.any(bool(short)):  # all ranks go back, or their sizes part
@@ -137,6 +137,7 @@ class Updater:
         if allowed:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate()
+            self.policy.reshard()  # passes without a gradient leave weights gathered, which would then be the old ones
             self.optimizer.step()
             self.num_updates += 1
             if self.ema is not None and self.config.ema.decay is not None:
@@ -174,6 +175,7 @@ class Updater:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor | InParts]], num_updates: int) -> None:
         """Restores `state_dict` in place, on any number of ranks."""
+        self.policy.reshard()
         self.optimizer.state.clear()  # weights that had no moments then have none
         for name, parameter in self.parameters.items():
             parameter.copy_(laid_out(state["weights"][name], parameter))

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from dancegrpo.errors import RankError
 from dancegrpo.launch import Launch, read
+from dancegrpo.redaction import redact
 
 BEAT = 5.0
 """Seconds between two signs of life."""
@@ -141,7 +142,7 @@ class Watchdog:
     def fail(self, error: BaseException) -> None:
         """Tells the others why this rank ends."""
         self.leaving = True
-        first = " ".join(str(error).split())[:400]
+        first = redact(" ".join(str(error).split()))[:400]
         with suppress(Exception):
             self._announce(f"rank {self.launch.rank} of {self.launch.size} ended: {type(error).__name__}: {first}")
 
@@ -200,6 +201,7 @@ class Watchdog:
             "where": str(place),
             "waiting": None if place.waiting is None else now - place.waiting,
             "idle": place.idle,
+            "loading": place.phase == "load",
             "host": _machine(),
             "pid": os.getpid(),
             "born": _born(os.getpid()),
@@ -243,8 +245,8 @@ class Watchdog:
 
     def _judge_hanging(self, now: float, beats: Mapping[int, dict[str, Any]]) -> None:
         """A rank that kept another waiting for too long, or all of them where nobody went on at all."""
-        if not beats:
-            return
+        if not beats or self.place.phase == "load" or any(beat["loading"] for beat in beats.values()):
+            return  # whoever waits for one that loads waits for a download, of any length
         place, clock = self.place, time.monotonic()
         waits = {rank: beat["waiting"] for rank, beat in beats.items()}
         idle = {rank: beat["idle"] for rank, beat in beats.items()}

@@ -50,7 +50,7 @@ def layout_of(config: RunConfig, gpus: int | None = None) -> Layout:
 
     Raises ConfigError where they do not go together, or a GPU would have nothing to sample.
     """
-    fsdp, context = config.parallel.fsdp, getattr(config.parallel, "context", 1)
+    fsdp, context = config.parallel.fsdp, config.parallel.context
     least = math.lcm(fsdp, context)
     gpus = least if gpus is None else gpus
     if gpus < 1 or gpus % least:

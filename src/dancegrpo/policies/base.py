@@ -169,6 +169,9 @@ class Policy(ABC):
         """Around the forward passes of a rollout, which need no gradient: sharded weights may stay gathered in it."""
         return nullcontext()
 
+    def reshard(self) -> None:  # noqa: B027
+        """Frees weights that forward passes left gathered; else the next one, once the shards changed, takes old ones."""
+
     def company(self, bucket: int | None) -> AbstractContextManager[None]:
         """Within it every forward pass goes through the network of `bucket`, whatever the step; None = as ever.
 

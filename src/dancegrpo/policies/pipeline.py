@@ -386,7 +386,7 @@ class PipelinePolicy(Policy):
         finally:
             for block in blocks:
                 block.set_reshard_after_forward(self._layout.reshard_update, recurse=False)
-            self._reshard()
+            self.reshard()
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
@@ -400,7 +400,7 @@ class PipelinePolicy(Policy):
     def use_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """See `Policy.use_weights`."""
         # Forward passes without a backward one leave the outermost weights gathered.
-        self._reshard()
+        self.reshard()
         own = self.trainable()
         wrong = sorted(own.keys() ^ weights.keys()) or [n for n in own if own[n].shape != weights[n].shape]
         if wrong:
@@ -428,12 +428,13 @@ class PipelinePolicy(Policy):
                     local(parameter.detach()).copy_(local(laid_out(weights[name], parameter)))
             yield
         finally:
-            self._reshard()
+            self.reshard()
             with torch.no_grad():
                 for name, parameter in own.items():
                     local(parameter.detach()).copy_(kept[name])
 
-    def _reshard(self) -> None:
+    def reshard(self) -> None:
+        """See `Policy.reshard`."""
         for module in self.modules.values():
             for part in sharded(module):
                 part.reshard()

@@ -113,6 +113,7 @@ class Unasked:
         self.name, self.batch_size = judge.name, judge.batch_size
         self.in_evaluation = getattr(judge, "in_evaluation", True)
         self.accompany = getattr(judge, "accompany", lambda: None)
+        self._shared = judge if hasattr(judge, "accompany") else None
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """B samples -> B zeros."""
@@ -121,7 +122,9 @@ class Unasked:
         return Scores(zeros, torch.ones_like(zeros, dtype=torch.bool))
 
     def to(self, device: torch.device | str) -> Unasked:
-        """Itself: there is nothing to move."""
+        """Itself; a judge that answers for other ranks is moved."""
+        if self._shared is not None:
+            self._shared.to(device)
         return self
 
 
