@@ -170,7 +170,7 @@ class Policy(ABC):
         return nullcontext()
 
     def reshard(self) -> None:  # noqa: B027
-        """Frees weights that forward passes left gathered; else the next one, once the shards changed, takes old ones."""
+        """Frees weights that forward passes left gathered: once the shards have changed, those are the old ones."""
 
     def company(self, bucket: int | None) -> AbstractContextManager[None]:
         """Within it every forward pass goes through the network of `bucket`, whatever the step; None = as ever.
