@@ -26,13 +26,13 @@ from dancegrpo.doctor.passes import Work
 from dancegrpo.doctor.places import PHASES
 from dancegrpo.doctor.predict import Prediction, Predictor
 from dancegrpo.doctor.pretend import CudaAutocast, Pretender, build_network
-from dancegrpo.doctor.seconds import Seconds, by_operations, run_seconds
+from dancegrpo.doctor.seconds import Seconds, _signal, by_operations, by_trial, run_seconds
 from dancegrpo.doctor.text import as_table
 from dancegrpo.errors import ConfigError, ModelError
 from dancegrpo.memory import TensorBytes
 from dancegrpo.policies import load_policy
 from dancegrpo.recipes import recipe_names
-from dancegrpo.rewards import FunctionReward
+from dancegrpo.rewards import FunctionReward, Scores
 from dancegrpo.trainer import Trainer
 
 TINY = [
@@ -317,6 +317,24 @@ def test_a_run_takes_its_iterations_saves_and_evaluations() -> None:
     told = Seconds(phases | {"load": 10.0, "save": 2.0}, measured=True)
     # 256 samples take 16 s to draw: 64 take 4 s, thrice. Saved after 3, 6 and 7.
     assert run_seconds(config, told, a_prediction()) == pytest.approx(10 + 7 * 20 + 3 * 2 + 3 * 4)
+
+
+def test_groups_that_every_trained_judge_scores_alike_have_no_signal() -> None:
+    valid = torch.ones(6, dtype=torch.bool)
+    flat, one = (Scores(torch.tensor(values), valid) for values in ([1.0] * 6, [0.0, 1.0, 0.2, 0.3, 0.5, 0.5]))
+    judged = {"flat": flat, "one": one}
+    assert _signal(judged, ["flat"], 2, 0.0) == 0.0
+    assert _signal(judged, ["flat", "one"], 2, 0.0) == pytest.approx(2 / 3)
+    assert _signal(judged, ["one"], 2, 0.5) == pytest.approx(1 / 3)
+
+
+def test_miniatures_are_timed_on_their_own_networks() -> None:
+    config = load_config("shapes-flux", [*TINY, "rollout.batch_size=8", "threads=1"])
+    prediction = Predictor(architecture(config.model), torch.device("cpu"))(config)
+    told = by_trial(config, prediction, disk=1e8, budget=0.1).phases
+    assert told.keys() == set(PHASES)
+    assert all(seconds is not None and seconds > 0 for name, seconds in told.items() if name != "update")
+    assert told["save"] == prediction.checkpoint_bytes / 1e8
 
 
 # -------------------------------------------------------------------------------------------------- checks, the command

@@ -103,11 +103,12 @@ class Iteration:
         return kept
 
     @torch.no_grad()
-    def steps(self, condition: Condition, kept: _Kept, steps: list[int]) -> Tensor:
-        """Some transitions of one batch; returns its latents (N, *S)."""
+    def steps(self, condition: Condition, kept: _Kept, steps: list[int], noise: Tensor | None = None) -> Tensor:
+        """Some transitions of one batch, from `noise` (N, *S) where it is given; returns its latents (N, *S)."""
         rows = torch.arange(self.batch)
         told = condition[rows // self.config.rollout.group_size]
-        x = self.policy.start(self.make(len(rows), *self.policy.latent_shape), told)
+        noise = self.make(len(rows), *self.policy.latent_shape) if noise is None else noise
+        x = self.policy.start(noise, told)
         for step in steps:
             gaussian = _transition(self.policy, x, step, told, self.plan.noise_level[rows, step])
             noisy = bool((self.plan.noise_level[rows, step] > 0).any())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,9 @@ from dancegrpo.doctor.calibrate import Speed
 from dancegrpo.doctor.phases import Iteration, start_optimizer, timed
 from dancegrpo.doctor.predict import Prediction
 from dancegrpo.health import Looks, use_threads
-from dancegrpo.policies import load_policy
-from dancegrpo.prompts import open_prompts
-from dancegrpo.rewards import CATALOG, Judges, load_reward
+from dancegrpo.policies import Condition, load_policy
+from dancegrpo.prompts import Prompt, open_prompts
+from dancegrpo.rewards import CATALOG, Judges, Scores, load_reward
 from dancegrpo.update import Updater
 
 SMALL = 50_000_000
@@ -79,7 +80,7 @@ def by_trial(config: RunConfig, prediction: Prediction, disk: float, budget: flo
         "rollout": (spent["rollout"] + spent["watch"]) * batches / layout.context,
         "decode": spent["decode"] * batches,
         "score": spent["score"] * batches,
-        "update": spent["update"] * work["update"].times / layout.context + spent["step"] * updates,
+        "update": spent["update"] * work["update"].times * spent["signal"] / layout.context + spent["step"] * updates,
     }
     return Seconds(told | {"load": loading[0], "save": prediction.checkpoint_bytes / disk}, measured=True)
 
@@ -102,44 +103,40 @@ def _real_iteration(config: RunConfig, policy: Any, panel: Judges) -> Iteration:
 def _repeated(iteration: Iteration, panel: Judges, prompts: Any, budget: float) -> dict[str, float]:
     """Mean seconds of one repetition of what an iteration is made of; 0 for what this algorithm does not do.
 
-    A first repetition, which chooses kernels and fills caches, counts only where there is no time for another.
+    And as `signal` the share of groups whose samples were judged differently: the others are not learnt from. A first
+    repetition, which chooses kernels and fills caches, counts only where there is no time for another.
     """
-    spent: dict[str, list[float]] = {name: [] for name in ("encode", "rollout", "decode", "score", "watch")}
-    spent |= {"update": [], "step": []}
+    spent: dict[str, list[float]] = {name: [] for name in _PARTS}
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(iteration.config.seed)).tolist()
+    groups = max(1, iteration.batch // iteration.config.rollout.group_size)
     started = time.perf_counter()
     for done in range(1, _REPETITIONS + 1):
-        _once(iteration, panel, prompts, spent)
+        asked = [prompts[order[(done * groups + i) % len(order)]] for i in range(groups)]
+        _once(iteration, panel, asked, spent)
         if (time.perf_counter() - started) * (done + 1) / done > budget:
             break
         if done == 1:
-            spent = {name: [] for name in spent}
-    return {name: sum(seconds) / len(seconds) if seconds else 0.0 for name, seconds in spent.items()}
+            spent = {name: [] for name in spent if name != "signal"} | {"signal": spent["signal"]}
+    means = {name: sum(values) / len(values) if values else 0.0 for name, values in spent.items()}
+    return means | ({} if spent["signal"] else {"signal": 1.0})
 
 
+_PARTS = ("encode", "rollout", "decode", "score", "watch", "update", "step", "signal")
 _REPETITIONS = 20
 
 
-def _once(iteration: Iteration, panel: Judges, prompts: Any, spent: dict[str, list[float]]) -> None:
-    """One prompt, one batch and one micro-batch through everything, and an optimizer step."""
+def _once(iteration: Iteration, panel: Judges, prompts: list[Prompt], spent: dict[str, list[float]]) -> None:
+    """The prompts of one batch, the batch and one micro-batch through everything, and an optimizer step."""
     config, device = iteration.config, iteration.policy.device
-    count = min(len(prompts), config.prompts.per_iteration)
+    encoded = []
+    for prompt in prompts:
+        with timed(spent["encode"], device):
+            encoded.append(iteration.encode(prompt))
+    condition = Condition.cat(encoded)[[i % len(prompts) for i in range(config.prompts.per_iteration)]]
     kept = None if config.offline else iteration.kept(iteration.samples)
     x0: Tensor | None = None
-    with timed(spent["encode"], device):
-        one = iteration.encode(prompts[0])
-    condition = iteration.conditions(one)
     if kept is not None:
-        with timed(spent["rollout"], device):
-            x = iteration.steps(condition, kept, list(range(config.rollout.num_steps)))
-        if not isinstance(iteration.algorithm, ReFL):
-            with timed(spent["decode"], device):
-                media = iteration.decode(x, condition).clamp(0, 1)
-            asked = [prompts[i % count] for i in range(len(media))]
-            with timed(spent["score"], device), torch.no_grad():
-                panel.score(media, asked)
-            if config.health.watch != "none":
-                with timed(spent["watch"], device):
-                    Looks().add(media)
+        _sample(iteration, panel, prompts, condition, kept, spent)
         x0 = iteration.make(iteration.samples, *iteration.policy.latent_shape)
     learning = iteration.learning(condition, kept, x0)
     size = config.update.micro_batch_size
@@ -148,6 +145,43 @@ def _once(iteration: Iteration, panel: Judges, prompts: Any, spent: dict[str, li
         iteration.backward(learning, max(batches, key=lambda batch: len(batch[0])))
     with timed(spent["step"], device):
         iteration.updater._step()
+
+
+def _sample(
+    iteration: Iteration,
+    panel: Judges,
+    prompts: list[Prompt],
+    condition: Condition,
+    kept: Any,
+    spent: dict[str, list[float]],
+) -> None:
+    """One batch drawn, decoded, judged and watched."""
+    config, device, group = iteration.config, iteration.policy.device, iteration.config.rollout.group_size
+    drawn = iteration.make(iteration.batch, *iteration.policy.latent_shape)
+    rows = torch.arange(iteration.batch, device=device)
+    with timed(spent["rollout"], device):
+        noise = drawn[rows // group] if config.rollout.shared_noise else drawn
+        x = iteration.steps(condition, kept, list(range(config.rollout.num_steps)), noise)
+    if isinstance(iteration.algorithm, ReFL):
+        return
+    with timed(spent["decode"], device):
+        media = iteration.decode(x, condition).clamp(0, 1)
+    asked = [prompts[i // group % len(prompts)] for i in range(len(media))]
+    with timed(spent["score"], device), torch.no_grad():
+        scores = panel.score(media, asked)
+    if config.health.watch != "none":
+        with timed(spent["watch"], device):
+            Looks().add(media)
+    # Only where a group is its own baseline, and nothing else pulls at its samples, is one without signal left out.
+    grouped = config.algorithm.name == "grpo" and config.advantage.normalization == "group"
+    if grouped and not iteration.algorithm.needs_reference and len(media) >= group and panel.trained:
+        spent["signal"].append(_signal(scores, panel.trained, group, config.advantage.min_spread))
+
+
+def _signal(scores: Mapping[str, Scores], trained: Sequence[str], group: int, least: float) -> float:
+    """The share of whole groups in which a trained judge's scores differ by more than `least`."""
+    told = [scores[name].values[: len(scores[name].values) // group * group].view(-1, group) for name in trained]
+    return float(torch.stack([values.amax(1) - values.amin(1) > least for values in told]).any(0).float().mean())
 
 
 def run_seconds(config: RunConfig, seconds: Seconds, prediction: Prediction) -> float | None:
