@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import wraps
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ def shard(module: Any, world: World, dtype: torch.dtype = torch.float32) -> None
     float32. Gradients are summed over all ranks, not averaged: the loss of each is already divided by the whole batch's
     count.
     """
+    # Some blocks return views; nothing here writes into an output.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = world.mesh if world.size > world.fsdp else world.mesh["fsdp"]
     names = set(getattr(module, "_repeated_blocks", None) or ())
     # Inputs as they are: autocast knows better which of them to widen.
