@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -170,3 +171,13 @@ def test_importing_stays_light():
     script = f"import sys, dancegrpo.cli, dancegrpo; print([m for m in {heavy} if m in sys.modules])"
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
+
+
+def test_an_error_that_cannot_be_told_still_has_its_exit_code():
+    """The log may lie on the very disk that is full."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with full.open("wb") as nowhere:
+        done = subprocess.run([sys.executable, "-m", "dancegrpo", "recipes", "nosuch"], stdout=nowhere, stderr=nowhere)
+    assert done.returncode == 2

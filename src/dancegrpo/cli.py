@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,14 +43,16 @@ def main() -> None:
     try:
         app()
     except DanceError as error:
-        print(f"dancegrpo: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(" ".join(str(error).split()))
         sys.exit(2)
     except OSError as error:  # a disk that is full or closed to us, where nothing nearer said so
-        print(
-            f"dancegrpo: {error.filename or 'a file'}: {error.strerror or error}; free space or check its rights",
-            file=sys.stderr,
-        )
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}; free space or check its rights")
         sys.exit(2)
+
+
+def _complain(line: str) -> None:
+    with suppress(OSError):  # a log on the very disk that is full: the exit code still tells
+        print(f"dancegrpo: {line}", file=sys.stderr)
 
 
 def _print(result: dict[str, Any], text: str, as_json: bool) -> None:
@@ -81,7 +84,7 @@ def train(
     told["verdict"] = result.verdict
     _print(told, f"run:    {result.run_dir}\nreport: {result.report}", as_json)
     if result.verdict is not None:
-        print(f"dancegrpo: {result.verdict}", file=sys.stderr)
+        _complain(result.verdict)
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun would start again what is to end
             raise typer.Exit(1)
 
