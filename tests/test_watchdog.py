@@ -119,6 +119,7 @@ def test_a_rank_that_said_goodbye_is_not_missed(ranks):
 def test_a_rank_that_keeps_others_waiting_shows_its_stack(ranks, tmp_path, monkeypatch):
     clock, (first, second) = ranks
     monkeypatch.setattr(time, "monotonic", clock)  # what places are told by
+    first.place.begin("rollout", 3)
     second.place.begin("reward", 3)
     with first.place.meeting():
         pass_time(clock, [first, second], 100)
@@ -130,6 +131,16 @@ def test_a_rank_that_keeps_others_waiting_shows_its_stack(ranks, tmp_path, monke
     assert second.lines[0].startswith(expected)
     assert first.lines[0].startswith(expected)
     assert "test_a_rank_that_keeps_others_waiting_shows_its_stack" in file.read_text()
+
+
+def test_whoever_waits_for_one_that_loads_waits_for_a_download(ranks, monkeypatch):
+    clock, (first, second) = ranks
+    monkeypatch.setattr(time, "monotonic", clock)
+    first.place.begin("rollout", 0)
+    assert second.place.phase == "load"
+    with first.place.meeting():
+        pass_time(clock, [first, second], 1000)
+    assert first.lines == second.lines == []
 
 
 def test_slow_is_not_hanging_where_nobody_waits(ranks, monkeypatch):

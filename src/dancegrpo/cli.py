@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,8 +50,10 @@ def main() -> None:
 
 
 def _complain(line: str) -> None:
-    with suppress(OSError):  # a log on the very disk that is full: the exit code still tells
-        print(f"dancegrpo: {line}", file=sys.stderr)
+    try:
+        print(f"dancegrpo: {line}", file=sys.stderr, flush=True)
+    except OSError:  # a log on the very disk that is full: the exit code still tells
+        sys.stderr = sys.stdout = Path(os.devnull).open("w")  # what is left in the old ones fails at exit
 
 
 def _print(result: dict[str, Any], text: str, as_json: bool) -> None:
