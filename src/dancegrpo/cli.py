@@ -53,7 +53,7 @@ def _complain(line: str) -> None:
     try:
         print(f"dancegrpo: {line}", file=sys.stderr, flush=True)
     except OSError:  # a log on the very disk that is full: the exit code still tells
-        sys.stderr = sys.stdout = Path(os.devnull).open("w")  # what is left in the old ones fails at exit
+        sys.stderr = sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - what is left in the old ones fails at exit
 
 
 def _print(result: dict[str, Any], text: str, as_json: bool) -> None:
